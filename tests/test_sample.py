@@ -1,0 +1,155 @@
+"""Claims about the sampler: its table and its step are diffusers' DDIM, and its log-probabilities are those of a Gaussian."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from PIL import Image
+
+import sample
+from sample import ddim_step, ddim_table, decode, encode_prompts, load_pipeline, predict, sample_trajectories
+
+STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                        set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading")
+
+
+def scheduler(**changes):
+    return DDIMScheduler(**(STABLE_DIFFUSION | changes))
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline("models/emoji", "cpu")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("steps, eta", [(50, 1.0), (20, 1.0), (10, 0.3), (7, 0.0), (500, 1.0)])
+def test_every_step_is_the_step_of_diffusers_ddim(prediction_type, steps, eta):
+    theirs = scheduler(prediction_type=prediction_type)
+    theirs.set_timesteps(steps)
+    timesteps, table = ddim_table(theirs, steps, eta)
+    assert timesteps.tolist() == theirs.timesteps.tolist()
+    for row in [*range(0, steps, max(1, steps // 9)), steps - 1]:  # the last one has no timestep before it
+        x, output, noise = torch.randn(3, 2, 4, 8, 8, dtype=torch.float64)
+        expected = theirs.step(output, timesteps[row], x, eta=eta, variance_noise=noise).prev_sample
+        c_x, c_o, sigma, _ = table[row].double()
+        torch.testing.assert_close(c_x * x + c_o * output + sigma * noise, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_fifty_steps_of_stable_diffusion_start_at_981_and_end_at_1():
+    timesteps, _ = ddim_table(scheduler(), 50)
+    assert timesteps[[0, 1, -1]].tolist() == [981, 961, 1]
+
+
+def test_the_log_prob_is_the_mean_log_density_of_a_normal_distribution():
+    torch.manual_seed(0)
+    _, table = ddim_table(scheduler(), 20)
+    for row in (0, 10, 19):
+        x, output = torch.randn(2, 3, 4, 8, 8)
+        drawn, log_prob = ddim_step(output, x, table[row])
+        c_x, c_o, sigma, _ = table[row].double()
+        density = torch.distributions.Normal(c_x * x.double() + c_o * output.double(), sigma)
+        torch.testing.assert_close(log_prob.double(), density.log_prob(drawn.double()).mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_drawn_step_scores_the_same_bit_for_bit_when_it_is_scored_again(dtype):
+    _, table = ddim_table(scheduler(), 50)
+    for row in range(50):
+        x, output = torch.randn(2, 5, 4, 8, 8).to(dtype)
+        drawn, log_prob = ddim_step(output, x, table[row])
+        assert drawn.dtype == dtype
+        again, scored = ddim_step(output, x, table[row], next_latents=drawn)
+        assert torch.equal(again, drawn) and torch.equal(scored, log_prob)
+
+
+def test_rows_may_have_their_own_timesteps():
+    _, table = ddim_table(scheduler(), 20)
+    x, output, x_next = torch.randn(3, 4, 4, 8, 8)
+    together = ddim_step(output, x, table[[0, 5, 10, 19]], x_next)[1]
+    alone = [ddim_step(output[i:i + 1], x[i:i + 1], table[row], x_next[i:i + 1])[1] for i, row in enumerate([0, 5, 10, 19])]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_a_step_without_noise_is_deterministic_and_its_log_prob_is_0():
+    _, table = ddim_table(scheduler(set_alpha_to_one=True), 20)
+    assert table[-1, 2] == 0 and (table[:-1, 2] > 0).all()
+    x, output = torch.randn(2, 2, 4, 8, 8)
+    (first, log_prob), (second, _) = ddim_step(output, x, table[-1]), ddim_step(output, x, table[-1])
+    assert torch.equal(first, second) and log_prob.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
+def test_a_scheduler_that_bends_the_step_is_refused(option):
+    with pytest.raises(ValueError, match=option):
+        ddim_table(scheduler(**{option: True}), 20)
+
+
+@pytest.mark.parametrize("steps, eta", [(0, 1.0), (1000, 1.0), (1001, 1.0), (20, -0.1), (20, 1.5), (20, math.nan)])
+def test_steps_and_eta_out_of_range_are_refused(steps, eta):
+    with pytest.raises(ValueError, match="steps" if eta == 1.0 else "eta"):
+        ddim_table(scheduler(), steps, eta)
+
+
+def test_guidance_in_the_step_is_guidance_before_the_step():
+    _, table = ddim_table(scheduler(), 20)
+    uncond, cond, x, x_next = torch.randn(4, 3, 4, 8, 8)
+    fused = ddim_step(torch.cat([uncond, cond]), x, table[3], x_next, guidance_scale=4.0)[1]
+    torch.testing.assert_close(fused, ddim_step(uncond + 4.0 * (cond - uncond), x, table[3], x_next)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_walk_scores_as_it_did_when_it_was_sampled(pipeline, dtype):
+    prompts = ["a cat", "a dog", "a fox"]
+    walk = sample_trajectories(pipeline, prompts, 6, 4.0, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    assert walk.latents.shape == (3, 7, 4, 16, 16) and walk.latents.dtype == torch.float32
+    assert walk.log_probs.shape == (3, 6) and walk.timesteps.shape == (6,)
+    assert walk.images.shape == (3, 3, 64, 64) and walk.images.dtype == torch.uint8
+    _, table = ddim_table(pipeline.scheduler, 6)
+    embeds, negative = encode_prompts(pipeline, prompts), encode_prompts(pipeline, [""])
+    for step, t in enumerate(walk.timesteps):
+        output = predict(pipeline.unet, walk.latents[:, step], t.expand(3), embeds, negative, dtype)
+        _, log_prob = ddim_step(output, walk.latents[:, step], table[step], walk.latents[:, step + 1], guidance_scale=4.0)
+        assert torch.equal(log_prob, walk.log_probs[:, step])
+    assert torch.equal(decode(pipeline, walk.latents[:, -1]), walk.images)
+
+
+def test_a_picture_with_its_own_generator_does_not_depend_on_its_batch(pipeline):
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    together = sample_trajectories(pipeline, ["a cat", "a dog"], 5, 4.0, generator=generators(1, 2)).images
+    alone = sample_trajectories(pipeline, ["a dog"], 5, 4.0, generator=generators(2)).images
+    assert (together[1].int() - alone[0].int()).abs().max() <= 1  # another batch size may round the last bit otherwise
+
+
+def test_sampling_without_noise_agrees_with_diffusers_own_pipeline(pipeline):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    theirs = pipeline("a frog", num_inference_steps=10, guidance_scale=4.0, eta=0.0, latents=noise, output_type="pt").images
+    ours = sample_trajectories(pipeline, ["a frog"], 10, 4.0, 0.0, generator=torch.Generator().manual_seed(3)).images
+    assert ((theirs * 255).round() - ours).abs().max() <= 2
+
+
+@pytest.mark.parametrize("model, names", [("no/such/model", "no/such/model"), ("data", "model_index.json")])
+def test_a_model_that_cannot_be_loaded_is_one_line(model, names):
+    with pytest.raises(ValueError, match=names) as error:
+        load_pipeline(model, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_draws_a_grid(tmp_path):
+    sample.main(["--prompt", "a cat", "--prompt", "a fox", "--images", "2", "--steps", "2", "--out", str(tmp_path / "grid.png")])
+    width, height = Image.open(tmp_path / "grid.png").size
+    assert width >= 2 * 96 and height >= 2 * 96
+
+
+@pytest.mark.parametrize("arguments, names", [(["--steps", "0"], "--steps 0"), (["--device", "toaster"], "toaster"), (["--images", "0"], "--images 0"),
+                                              (["--lora", "data"], "--lora data"), (["--out", "no/such/folder/a.png"], "--out"),
+                                              (["--eta", "2"], "--eta"), (["--steps", "x"], "--steps")])
+def test_what_the_command_line_cannot_do_is_one_line(tmp_path, capsys, arguments, names):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "grid.png")])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
