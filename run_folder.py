@@ -1,0 +1,146 @@
+"""What a run leaves on disk: weights that load in plain diffusers, checkpoints that survive a kill, curves and pictures.
+
+    runs/<name>/config.json                        every setting
+                metrics.jsonl                      one row an epoch; the README defines every key
+                rewards.png, progress.png          the curves; the same prompts and seeds, look by look
+                pytorch_lora_weights.safetensors   for pipe.load_lora_weights(folder); or unet/, the whole UNet
+                checkpoint/epoch_*.pt              the last two, for --resume
+"""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+
+def write_whole(path, text):
+    """Under a temporary name, then renamed: a kill leaves the old file or the new one."""
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save_weights(pipeline, config, folder):
+    """In diffusers' own formats, so that the result loads anywhere; written aside first, then moved into place."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    scratch = folder / "weights.tmp"
+    target = folder if config.lora_rank else folder / "unet"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if config.lora_rank:
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+            pipeline.save_lora_weights(scratch, unet_lora_layers=layers)
+        else:
+            pipeline.unet.save_pretrained(scratch)
+        target.mkdir(exist_ok=True)
+        for file in sorted(scratch.iterdir()):  # config.json comes before the weights
+            os.replace(file, target / file.name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{target}: weights cannot be written ({error}); the checkpoint before is intact: make room, then "
+                      f"--resume {folder}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_checkpoint(folder, state):
+    """Under a temporary name, then renamed: there is no moment at which a kill leaves less than the checkpoint before."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"epoch_{state['epoch']:06d}.pt"
+    try:
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".tmp"), path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error}); the checkpoint before it is intact: make room, then "
+                      f"--resume {folder.parent}") from error
+    for old in sorted(folder.glob("epoch_*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(folder):
+    """The newest checkpoint that can be read, or None."""
+    for path in sorted(folder.glob("epoch_*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a truncated zip raises whatever part of it is missed first
+            print(f"{path}: damaged ({type(error).__name__}), going back to the one before", file=sys.stderr)
+    return None
+
+
+def read_metrics(path):
+    """The rows of metrics.jsonl, without a last line that a kill may have cut off."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_rewards(rows, config, path):
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    import matplotlib.pyplot as plt
+
+    watched = [key for key in rows[0] if key.startswith("eval_") and key != "eval_reward"]
+    figure, axes = plt.subplots(1, 1 + len(watched), figsize=(4.5 * (1 + len(watched)), 3.2), squeeze=False)
+    trained = [row for row in rows if "reward_mean" in row]
+    axes[0, 0].plot([row["images"] for row in trained], [row["reward_mean"] for row in trained], alpha=0.5, label="sampled")
+    for axis, key in zip(axes[0], ["eval_reward", *watched]):
+        looks = [row for row in rows if key in row]
+        axis.plot([row["images"] for row in looks], [row[key] for row in looks], "o-", label="fixed prompts and seeds")
+        title = f"{config.reward} (trained)" if key == "eval_reward" else f"{key.removeprefix('eval_')} (watched)"
+        axis.set(title=title, xlabel="images sampled")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def open_tracker(config, folder):
+    """A function of (row, epoch), or None. Trackers are optional, so they are imported here."""
+    if config.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder / "tensorboard")
+        return lambda row, epoch: [writer.add_scalar(key, value, epoch) for key, value in row.items()] and writer.flush()
+    if config.tracker == "wandb":
+        import wandb
+
+        run = wandb.init(project="ddpo", name=config.name, config=asdict(config), dir=str(folder))
+        return lambda row, epoch: run.log(row, step=epoch)
+    return None
+
+
+def stack_pictures(paths, out):
+    strips = [Image.open(path) for path in paths]
+    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (sheet.width - strip.width, top))
+        top += strip.height
+    sheet.save(out)
+
+
+def summary(folder):
+    """What changed, on fixed prompts and seeds, and what to do next."""
+    looks = [row for row in read_metrics(folder / "metrics.jsonl") if "eval_reward" in row]
+    first, last = looks[0], looks[-1]
+    changes = []
+    for key in (key for key in first if key.startswith("eval_")):
+        change = (last[key] - first[key]) / max(abs(first[key]), 1e-9)
+        changes.append(f"{key.removeprefix('eval_')} {first[key]:.3f} -> {last[key]:.3f} ({change:+.0%})")
+    return (f"{folder}: {', '.join(changes)}, on fixed prompts and seeds; see progress.png and rewards.png there\n"
+            f'next: python sample.py --lora {folder} --prompt "a cat" --prompt "a panda"')
