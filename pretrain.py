@@ -50,17 +50,18 @@ class Config:
     vae_steps: int = 2200
     vae_batch: int = 16
     vae_lr: float = 1e-3
-    unet_steps: int = 6800
+    unet_steps: int = 4800
+    unet_horizon: int = 6800  # of the cosine: the average of weights (EMA) does what the last, slow part would do
     unet_batch: int = 64
     unet_lr: float = 1e-3
     clip_scenes: int = 32768  # different pictures that a stage sees
     vae_scenes: int = 16384
     unet_scenes: int = 40960  # turned into latents once
     caption_dropout: float = 0.1
-    judge_steps: int = 800
+    judge_steps: int = 450
     judge_batch: int = 128
     judge_lr: float = 5e-4
-    decoder_steps: int = 1500
+    decoder_steps: int = 600
     decoder_batch: int = 16
     decoder_lr: float = 1e-3
     ema: float = 0.999
@@ -102,6 +103,7 @@ def finished(name, config, model):
 def train(name, config, model, loss_fn, look=None):
     """The loop that the stages share: AdamW, warm-up and cosine, EMA, a checkpoint that a restart goes on from."""
     steps, lr = getattr(config, f"{name}_steps"), getattr(config, f"{name}_lr")
+    horizon = max(steps, config.unet_horizon) if name == "unet" else steps
     path = Path(config.work) / f"{name}.pt"
     model.to(device()).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -116,7 +118,7 @@ def train(name, config, model, loss_fn, look=None):
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
     for step in bar:
         torch.manual_seed(config.seed * 1_000_003 + step)  # so that a restart draws what an unbroken run draws
-        scale = min(1, (step + 1) / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        scale = min(1, (step + 1) / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / horizon)))
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
         loss = loss_fn(model)
