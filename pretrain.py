@@ -380,7 +380,7 @@ def export(config, tokenizer, clip, vae, unet):
             shutil.copy(Path(config.work) / "tokenizer" / name, Path(config.out) / folder / name)
 
 
-def report(folder, images_per_noun=4, scene_count=2000):
+def report(folder, images_per_noun=1, scene_count=1000):
     """How good the exported model is, judged by its own CLIP among all nouns; `figures.json` in the folder.
 
     On pictures the CLIP has never seen: fresh scenes, and what the pipeline draws for "a cat" and the like (20 steps).
