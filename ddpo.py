@@ -59,7 +59,7 @@ class Config:
     name: str = ""  # of the run's folder (default: the reward)
     out: str = "runs"
     seed: int = 0
-    epochs: int = 13
+    epochs: int = 12
 
     # sampling
     images: int = 64  # an epoch, over all processes
@@ -90,7 +90,7 @@ class Config:
     grad_clip: float = 1.0
 
     # watching and keeping
-    eval_every: int = 7  # epochs between looks at fixed prompts and seeds (always before the first and after the last)
+    eval_every: int = 6  # epochs between looks at fixed prompts and seeds (always before the first and after the last)
     eval_images: int = 48
     checkpoint_every: int = 1  # epochs
     device: str = ""  # cpu, cuda, mps (default: the best there is)

@@ -55,15 +55,14 @@ def looks(rows, key):
 
 def table(logs):
     """Markdown: first and last look of every run."""
-    lines = ["| run | kB | change | CLIP cosine | top-1 | minutes |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| run | kB | change | CLIP cosine | top-1 |", "| --- | --- | --- | --- | --- |"]
     for name, rows in logs.items():
         first, last = rows[0], rows[-1]
         sizes = [abs(row["eval_reward"] if "compress" in name else row["eval_compress"]) for row in (first, last)]
         cosines = [row["eval_reward"] if name == "clip" else row["eval_clip"] for row in (first, last)]
         top1 = f"{first['eval_clip_top1']:.2f} → {last['eval_clip_top1']:.2f}"
-        minutes = sum(row.get("seconds", 0) + row.get("seconds_eval", 0) for row in rows) / 60
         lines.append(f"| `{MAIN[name]}` | {sizes[0]:.2f} → {sizes[1]:.2f} | {sizes[1] / sizes[0] - 1:+.0%} | "
-                     f"{cosines[0]:.3f} → {cosines[1]:.3f} | {top1} | {minutes:.1f} |")
+                     f"{cosines[0]:.3f} → {cosines[1]:.3f} | {top1} |")
     return "\n".join(lines) + "\n"
 
 
