@@ -348,6 +348,10 @@ def train(config, resume=False):
     # every operation of the first slower (libgomp no longer spins between them once it counts more threads than cores).
     scorer = ThreadPoolExecutor(1) if device.type != "cpu" else None
 
+    def rollout(prompts, keys):
+        generators = [seeded(*key, device=device) for key in keys]
+        return sample_trajectories(pipeline, prompts, config.steps, config.guidance_scale, config.eta, generators, dtype)
+
     def score(images, prompts):
         try:
             return {name: reward(images, prompts) for name, reward in rewards.items()}
@@ -368,8 +372,7 @@ def train(config, resume=False):
         results, pictures = [], []
         for batch in (own[i:i + config.sample_batch] for i in range(0, len(own), config.sample_batch)):
             prompts = [eval_prompts[i] for i in batch]
-            images = sample_trajectories(pipeline, prompts, config.steps, config.guidance_scale, config.eta,
-                                         [seeded(0, 0, i, device=device) for i in batch], dtype).images
+            images = rollout(prompts, [(0, 0, i) for i in batch]).images
             values = {name: value.tolist() for name, value in score(images, prompts).items()}
             if "clip" in rewards:
                 values["clip_top1"] = clip_top1(images, prompts, candidates, device).float().tolist()
@@ -405,8 +408,7 @@ def train(config, resume=False):
         all_prompts = sample_prompts(prompt_set, config.images, seeded(config.seed, epoch, 0), config.group_size)
         batches, pending = [], []
         for index in mine.split(config.sample_batch):
-            batch = sample_trajectories(pipeline, [all_prompts[i] for i in index], config.steps, config.guidance_scale, config.eta,
-                                        [seeded(config.seed, epoch, 1, i, device=device) for i in index.tolist()], dtype)
+            batch = rollout([all_prompts[i] for i in index], [(config.seed, epoch, 1, i) for i in index.tolist()])
             batches.append(batch)
             pending.append(scorer.submit(score, batch.images, batch.prompts).result if scorer
                            else functools.partial(score, batch.images, batch.prompts))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import ddpo
 from ddpo import Config, PromptStats, batch_advantages, clip_range_for, group_advantages, is_loss, sf_loss
 from run_folder import load_checkpoint, read_metrics, save_checkpoint, save_weights
-from sample import load_pipeline, sample_trajectories
+from sample import load_pipeline
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=2, eval_images=4, eval_every=1, group_size=2, watch="",
