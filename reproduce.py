@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpo import seeded
+from training import seeded
 from prompts import load_prompts
 from run_folder import read_metrics
 from sample import load_pipeline, picture_grid, sample_trajectories

@@ -29,6 +29,7 @@ def save_weights(pipeline, config, folder):
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
+    folder.mkdir(exist_ok=True)
     scratch = folder / "weights.tmp"
     target = folder if config.lora_rank else folder / "unet"
     try:
@@ -88,22 +89,28 @@ def read_metrics(path):
 
 
 def plot_rewards(rows, config, path):
+    """A panel for the trained reward and one for each thing that is watched; in each a line for every set of prompts looked at."""
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 
-    watched = [key for key in rows[0] if key.startswith("eval_") and key != "eval_reward"]
-    figure, axes = plt.subplots(1, 1 + len(watched), figsize=(4.5 * (1 + len(watched)), 3.2), squeeze=False)
+    views = ["eval", *(f"eval_{name}" for name in config.eval_prompts.split(",") if name)] + ["eval_eta0"] * config.eval_deterministic
+    metrics = [key.removeprefix("eval_") for key in rows[0] if key.startswith("eval_") and not key.endswith("_std")
+               and not any(key.startswith(view + "_") for view in views[1:])]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.2), squeeze=False)
     trained = [row for row in rows if "reward_mean" in row]
     axes[0, 0].plot([row["images"] for row in trained], [row["reward_mean"] for row in trained], alpha=0.5, label="sampled")
-    for axis, key in zip(axes[0], ["eval_reward", *watched]):
-        looks = [row for row in rows if key in row]
-        axis.plot([row["images"] for row in looks], [row[key] for row in looks], "o-", label="fixed prompts and seeds")
-        title = f"{config.reward} (trained)" if key == "eval_reward" else f"{key.removeprefix('eval_')} (watched)"
-        axis.set(title=title, xlabel="images sampled")
+    for axis, metric in zip(axes[0], metrics):
+        for view in views:
+            looks = [row for row in rows if f"{view}_{metric}" in row]
+            label = "fixed prompts and seeds" if view == "eval" else view.removeprefix("eval_").replace("eta0", "η = 0")
+            axis.plot([row["images"] for row in looks], [row[f"{view}_{metric}"] for row in looks], "o-", label=label)
+        if config.guard and f"eval_{metric}_std" in rows[0]:
+            axis.axhline(rows[0][f"eval_{metric}"] - config.guard * rows[0][f"eval_{metric}_std"], color="gray", ls=":", label="guard")
+        axis.set(title=f"{config.reward} (trained)" if metric == "reward" else metric, xlabel="images sampled")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend()
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -132,15 +139,3 @@ def stack_pictures(paths, out):
         sheet.paste(strip, (sheet.width - strip.width, top))
         top += strip.height
     sheet.save(out)
-
-
-def summary(folder):
-    """What changed, on fixed prompts and seeds, and what to do next."""
-    looks = [row for row in read_metrics(folder / "metrics.jsonl") if "eval_reward" in row]
-    first, last = looks[0], looks[-1]
-    changes = []
-    for key in (key for key in first if key.startswith("eval_")):
-        change = (last[key] - first[key]) / max(abs(first[key]), 1e-9)
-        changes.append(f"{key.removeprefix('eval_')} {first[key]:.3f} -> {last[key]:.3f} ({change:+.0%})")
-    return (f"{folder}: {', '.join(changes)}, on fixed prompts and seeds; see progress.png and rewards.png there\n"
-            f'next: python sample.py --lora {folder} --prompt "a cat" --prompt "a panda"')

@@ -87,6 +87,8 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
     pipeline.scheduler = ddim_scheduler(pipeline.scheduler)
     if lora is not None:
         load_tuned(pipeline, Path(lora), lora_scale, dtype)
+    if device.type == "cuda":
+        pipeline.unet.to(memory_format=torch.channels_last)  # how tensor cores want a convolution's input
     if device.type == "cpu":
         # On a CPU the backward of scaled_dot_product_attention is 16 times slower in bf16 than in fp32; plain matrix
         # products are not, and at these sizes nothing is lost by them.
@@ -136,15 +138,16 @@ def ddim_scheduler(scheduler):
 def ddim_table(scheduler, num_steps, eta=1.0):
     """(timesteps (T,) int64, table (T, 4) float32): per step c_x, c_o, σ, log σ, so that μ = c_x x + c_o output.
 
-    Where σ = 0 (all steps at eta 0; the last one of a scheduler with set_alpha_to_one) log σ is -inf: a deterministic step.
+    eta: one for all steps, or one for each, (T,). Where σ = 0 (all steps at eta 0; the last one of a scheduler with set_alpha_to_one) log σ is -inf: a deterministic step.
     Raises ValueError for steps the schedule does not have, an eta with 1−ᾱ'−σ² < 0, or a step that is not affine.
     """
     scheduler = ddim_scheduler(scheduler)  # a copy: set_timesteps leaves marks
     total, kind = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
     if not 1 <= num_steps <= total:
         raise ValueError(f"--steps {num_steps}: the schedule has {total}; choose 1 to {total}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"--eta {eta}: must lie between 0 (deterministic) and 1 (as noisy as DDPM)")
+    eta = torch.as_tensor(eta, dtype=torch.float64)
+    if not ((eta >= 0) & (eta <= 1)).all():
+        raise ValueError(f"--eta {eta.tolist()}: must lie between 0 (deterministic) and 1 (as noisy as DDPM)")
     scheduler.set_timesteps(num_steps)
     timesteps = scheduler.timesteps.cpu()
     if timesteps.max() >= total:
@@ -176,7 +179,7 @@ def ddim_table(scheduler, num_steps, eta=1.0):
     return timesteps, table
 
 
-def ddim_step(output, latents, coefficients, next_latents=None, generator=None, guidance_scale=None):
+def ddim_step(output, latents, coefficients, next_latents=None, generator=None, guidance_scale=None, noise=None):
     """One stochastic DDIM step (Eq. 12), and the log-density of the step taken: (next_latents, log_prob (B,)).
 
     Draws the next latents when they are not given, scores them when they are: one function for rollout and update, so
@@ -184,12 +187,11 @@ def ddim_step(output, latents, coefficients, next_latents=None, generator=None, 
 
     output: what the network predicted, (B, C, H, W); with a guidance_scale (2B, C, H, W), unconditional half first.
     coefficients: a row of `ddim_table`, (4,), or one for each sample, (B, 4), on the latents' device.
-    generator: one, or a list of one for each sample. log_prob is a mean over C, H, W, and 0 where σ is 0.
+    noise: what to draw with; or a generator to draw it: one, or a list of one for each sample. log_prob is a mean over C, H, W, and 0 where σ is 0.
     """
-    noise = None
-    if next_latents is None:
+    if next_latents is None and noise is None:
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
-    else:
+    if next_latents is not None:
         next_latents = next_latents.contiguous()
     next_latents, log_prob = fused_ddim_step(output.contiguous(), latents.contiguous(), coefficients, guidance_scale, noise=noise,
                                              next_latents=next_latents)
@@ -215,49 +217,104 @@ def predict(unet, latents, timesteps, prompt_embeds, negative_embeds=None, dtype
 
 
 @torch.no_grad()
-def encode_prompts(pipeline, prompts):
-    """(B, L, E) embeddings, each different prompt encoded once."""
-    unique = list(dict.fromkeys(prompts))
-    embeds = [pipeline.encode_prompt(unique[i:i + 64], pipeline.device, 1, False)[0] for i in range(0, len(unique), 64)]
-    return torch.cat(embeds)[[unique.index(prompt) for prompt in prompts]]
+def encode_prompts(pipeline, prompts, known=None):
+    """(B, L, E) embeddings, on the UNet's device. known: a dict that remembers them, {prompt: (L, E)}.
+
+    Each different prompt is encoded once and alone, so that its embedding does not depend on its company. The text encoder works
+    wherever it is: it may stay on the CPU.
+    """
+    known = {} if known is None else known
+    for prompt in prompts:
+        if prompt not in known:
+            embeds = pipeline.encode_prompt(prompt, pipeline.text_encoder.device, 1, False)[0][0]
+            known[prompt] = embeds.to(pipeline.unet.device)
+    return torch.stack([known[prompt] for prompt in prompts])
 
 
 @torch.no_grad()
 def decode(pipeline, latents, batch_size=8):
-    """(B, C, H, W) latents -> (B, 3, height, width) uint8, in slices, because a decoder's activations are large."""
+    """(B, C, H, W) latents -> (B, 3, height, width) uint8, in slices, because a decoder's activations are large.
+
+    A VAE that waits on the CPU is brought to the latents for the time that this takes.
+    """
+    vae, home = pipeline.vae, pipeline.vae.device
+    vae.to(latents.device)
     images = []
     for part in latents.split(batch_size):
-        pixels = pipeline.vae.decode(part.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor).sample
+        pixels = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample
         images.append(((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte())
+    vae.to(home)
     return torch.cat(images)
 
 
 @torch.no_grad()
 def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta=1.0, generator=None, dtype=None,
-                        on_step=None):
+                        on_step=None, known=None, step=None):
     """Sample one picture a prompt and keep the whole walk. guidance_scale <= 1 means no guidance (and half the work).
 
     generator: a torch.Generator, or one for each prompt (then a picture does not depend on its batch).
-    dtype: what the UNet computes in, by autocast (default: that of its weights). The walk itself is float32.
-    on_step: called after each step, for a progress bar.
+    eta: one for all steps, or one for each. dtype: what the UNet computes in, by autocast (default: that of its weights); the walk
+    itself is float32. on_step: called after each step, for a progress bar. known: see encode_prompts.
+    step: what takes a step (default: `guided_step`; or a `GraphedStep`, which launches faster).
     """
-    unet, device = pipeline.unet, pipeline.device
+    unet, device = pipeline.unet, pipeline.unet.device
     timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta)
     table = table.to(device)  # all that a step needs of the scheduler: no gather on the CPU, no wait for the GPU
     guided = guidance_scale is not None and guidance_scale > 1
-    prompt_embeds = encode_prompts(pipeline, prompts)
-    negative_embeds = encode_prompts(pipeline, [""]) if guided else None
+    prompt_embeds = encode_prompts(pipeline, prompts, known)
+    negative_embeds = encode_prompts(pipeline, [""], known) if guided else None
 
-    latents = randn_tensor((len(prompts), *latents_shape(pipeline)), generator=generator, device=device, dtype=torch.float32)
+    shape = (len(prompts), *latents_shape(pipeline))
+    latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     walk, log_probs = [latents], []
-    for step, t in enumerate(timesteps.to(device)):
-        output = predict(unet, latents, t.expand(len(prompts)), prompt_embeds, negative_embeds, dtype or unet.dtype)
-        latents, log_prob = ddim_step(output, latents, table[step], None, generator, guidance_scale if guided else None)
+    for t, coefficients in zip(timesteps.to(device), table):
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents, log_prob = (step or guided_step)(unet, latents, t.expand(len(prompts)), coefficients, noise, prompt_embeds, negative_embeds,
+                                                  guidance_scale if guided else None, dtype or unet.dtype)
         walk.append(latents)
         log_probs.append(log_prob)
         if on_step:
             on_step()
     return Trajectories(torch.stack(walk, 1), torch.stack(log_probs, 1), timesteps, decode(pipeline, latents), list(prompts))
+
+
+def guided_step(unet, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
+    """Predict, guide, step, score: (next_latents, log_prob (B,)). Nothing in it waits for the GPU."""
+    output = predict(unet, latents, timesteps, prompt_embeds, negative_embeds, dtype)
+    return ddim_step(output, latents, coefficients, guidance_scale=guidance_scale, noise=noise)
+
+
+class GraphedStep:
+    """guided_step as one CUDA graph: a launch for the whole UNet and the step instead of one for each of its operations.
+
+    A graph replays on fixed addresses: inputs are copied into those that it was captured with, weights are read where they
+    are (so they may be trained in between, but not replaced), and a batch of another size has a graph of its own.
+    """
+
+    def __init__(self):
+        self.graphs = {}
+
+    def __call__(self, unet, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
+        inputs = [latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds]
+        key = (latents.shape, prompt_embeds.shape, guidance_scale, dtype)
+        if key not in self.graphs:
+            fixed = [value if value is None else value.clone() for value in inputs]
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries choose and compile their kernels in the first calls
+                for _ in range(3):
+                    guided_step(unet, *fixed, guidance_scale, dtype)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = guided_step(unet, *fixed, guidance_scale, dtype)
+            self.graphs[key] = graph, fixed, outputs
+        graph, fixed, outputs = self.graphs[key]
+        for place, value in zip(fixed, inputs):
+            if value is not None:
+                place.copy_(value)
+        graph.replay()
+        return tuple(value.clone() for value in outputs)
 
 
 def picture_grid(rows, row_labels=None, column_labels=None, cell=None):

@@ -1,0 +1,110 @@
+"""Looking at a model while it trains: the same prompts and seeds each time, so that what changes is the model.
+
+A reward that is trained on goes up; the question is what for. So a look also measures what is *not* trained on: watched rewards,
+whether CLIP still finds the prompt in the picture among all others, and how different the pictures of one prompt are. `guard`
+turns that into a decision: which epoch to keep, and when to stop.
+"""
+
+import torch
+
+from prompts import load_prompts
+from rewards import clip_image_embeddings, clip_top1
+from run_folder import stack_pictures
+from sample import picture_grid
+from training import averaged, gather, own, rollout, score, watched
+
+
+def eval_prompts(prompts, count):
+    """`count` prompts, each twice in a row (diversity is a matter between pictures of one prompt), spread over a long list, again and
+    again over a short one."""
+    different = (count + 1) // 2
+    chosen = [prompts[i * len(prompts) // different if different <= len(prompts) else i % len(prompts)] for i in range(different)]
+    return [prompt for prompt in chosen for _ in range(2)][:count]
+
+
+def diversity(embeddings, prompts):
+    """1 − mean cosine between the pictures of one prompt: 0 where they are all the same. embeddings: (B, D), L2-normalised."""
+    same = torch.tensor([[a == b for b in prompts] for a in prompts]) & ~torch.eye(len(prompts), dtype=torch.bool)
+    return 1 - (embeddings @ embeddings.T)[same].mean().item()
+
+
+def look(run, epoch):
+    """Metrics of the fixed pictures: eval_* for the training prompts, eval_<set>_* for the sets of --eval-prompts, and eval_eta0_*
+    for the same prompts sampled deterministically. Adds a row to progress.png."""
+    config = run.config
+    views = {"eval": (run.prompts, None)}
+    views |= {f"eval_{name}": (load_prompts(name), None) for name in filter(None, config.eval_prompts.split(","))}
+    if config.eval_deterministic:
+        views["eval_eta0"] = run.prompts, 0.0
+    row = {}
+    with averaged(run):
+        for view, (prompt_set, eta) in views.items():
+            row |= look_at(run, epoch, view, prompt_set, eta)
+    return row
+
+
+def look_at(run, epoch, view, prompt_set, eta):
+    config = run.config
+    prompts = eval_prompts(prompt_set, config.eval_images)
+    candidates = list(dict.fromkeys(prompts + load_prompts("animals") + load_prompts("animals_held_out")))
+    results, pictures, embeddings = [], [], []
+    for index in own(run, len(prompts)).split(config.sample_batch):
+        batch = [prompts[i] for i in index]
+        images = rollout(run, batch, [(0, 0, i) for i in index.tolist()], eta=eta).images
+        values = {name: value.tolist() for name, value in score(run, images, batch).items()}
+        if "clip" in run.rewards:
+            values["clip_top1"] = clip_top1(images, batch, candidates, run.device).float().tolist()
+            embeddings += clip_image_embeddings(images, run.device)
+        results += [dict(zip(values, row)) for row in zip(*values.values())]
+        pictures += [image.cpu() for i, image in zip(index.tolist(), images) if i % 2 == 0 and i < 16]
+    results, pictures, embeddings = gather(results), gather(pictures), gather(embeddings)
+    values = {name: torch.tensor([row[name] for row in results]) for name in results[0]}
+    trained = sum(weight * values[name] for name, weight in run.parts.items())
+    row = {f"{view}_reward": trained.mean().item()}
+    row |= {f"{view}_{name}": value.mean().item() for name, value in values.items() if [*run.parts] != [name]}
+    row |= {f"{view}_{name}_std": values[name].std(correction=0).item() for name in watched(config) if epoch == 0}
+    if embeddings and len(prompts) > 1:
+        row[f"{view}_diversity"] = diversity(torch.stack(embeddings), prompts)
+    if view == "eval" and run.rank == 0:
+        strip = picture_grid([torch.stack(pictures)], [f"epoch {epoch}"], prompts[:16:2] if epoch == 0 else None)
+        strip.save(run.folder / "progress" / f"{epoch:06d}.png")
+        looks = sorted(path for path in (run.folder / "progress").glob("*.png") if int(path.stem) <= epoch)
+        stack_pictures(looks, run.folder / "progress.png")
+    return row
+
+
+def guard(rows, config):
+    """(epoch to keep or None, stop?) from the rows of metrics.jsonl so far.
+
+    A look is *safe* while no watched reward has fallen by more than config.guard standard deviations of the base model's own
+    pictures: a unit that means the same for a cosine and for kilobytes. The epoch to keep is the safe one with the highest trained
+    reward; config.patience looks in a row that are not safe end the run. With guard 0, or nothing to watch: (None, False).
+    """
+    names = watched(config)
+    if not config.guard or not names:
+        return None, False
+    looks = [row for row in rows if "eval_reward" in row]
+    base, later = looks[0], looks[1:]
+    safe = [all(row[f"eval_{name}"] >= base[f"eval_{name}"] - config.guard * base[f"eval_{name}_std"] for name in names) for row in later]
+    kept = max((row for row, fine in zip(later, safe) if fine), key=lambda row: row["eval_reward"], default={"epoch": None})
+    return kept["epoch"], len(safe) >= config.patience and not any(safe[-config.patience:])
+
+
+def summary(run):
+    """What changed, on fixed prompts and seeds, and what to do next."""
+    looks = [row for row in run.rows if "eval_reward" in row]
+    best, stopped = guard(run.rows, run.config)
+    first, kept = looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
+    changes = []
+    for key in (key for key in first if key.startswith("eval_") and not key.endswith("_std")):
+        change = (kept[key] - first[key]) / max(abs(first[key]), 1e-9)
+        changes.append(f"{key.removeprefix('eval_')} {first[key]:.3f} -> {kept[key]:.3f} ({change:+.0%})")
+    why = ""
+    if stopped:
+        why = f"stopped after epoch {run.epoch}, beyond the guard of {run.config.watch} (--guard {run.config.guard:g}); "
+    if best not in (None, run.epoch):
+        why += f"kept: epoch {best}, the newest is in {run.folder / 'last'}; "
+    elif stopped:
+        why += "no look was within it, so the newest is kept: a lower --lr or a smaller --eval-every would find one; "
+    return (f"{run.folder}: {why}{', '.join(changes)}, on fixed prompts and seeds; see progress.png and rewards.png there\n"
+            f'next: python sample.py --lora {run.folder} --prompt "a cat" --prompt "a panda"')
