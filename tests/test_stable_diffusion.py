@@ -1,0 +1,190 @@
+"""Claims about Stable Diffusion, on random pipelines of its classes: what saves memory or time changes no result."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import ddpo
+from ddpo import Config, PRESETS, kl_loss, parse_config, reference_output, step_weights
+from run_folder import read_metrics
+from sample import ddim_table, encode_prompts, load_pipeline, predict
+from stable_diffusion import save_pipeline
+from training import start, step_etas
+
+SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=1, eval_images=4, group_size=2, watch="", updates=2, lora_rank=4,
+             device="cpu", dtype="fp32", lr=1e-3)
+
+
+@pytest.fixture(autouse=True)
+def torch_path(monkeypatch):
+    monkeypatch.setattr(ddpo.kernels, "BACKEND", "auto")
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def model(request, tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp(request.param) / "model", request.param)
+
+
+@pytest.fixture(scope="module")
+def epsilon_model(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("models") / "model")
+
+
+def weights(folder):
+    path = folder / "pytorch_lora_weights.safetensors"
+    return load_file(path if path.exists() else folder / "unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_both_predictions_train_and_begin_with_a_ratio_of_one(model, tmp_path, lora_rank, dtype):
+    folder = ddpo.train(Config(model=model, out=str(tmp_path), **SMALL | dict(lora_rank=lora_rank, dtype=dtype)))
+    row = read_metrics(folder / "metrics.jsonl")[-1]
+    assert row["ratio_error"] == 0.0 and row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("settings", [dict(gradient_checkpointing=True), dict(train_batch=1), dict(train_batch=3), dict(offload=True),
+                                      dict(gradient_checkpointing=True, lora_rank=0), dict(offload=True, lora_rank=0)])
+def test_what_saves_memory_leaves_the_update_as_it_is(epsilon_model, tmp_path, settings):
+    plain = SMALL | dict(lora_rank=settings.get("lora_rank", 4), lr=1e-4)
+    folders = [ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=name, **plain | changes))
+               for name, changes in (("plain", {}), ("saving", settings))]
+    whole, saving = map(weights, folders)
+    difference = torch.cat([(whole[key] - saving[key]).abs().flatten() for key in whole])
+    assert (difference > 1e-5).float().mean() < 1e-3  # Adam turns a gradient of 1e-9 into a step of either sign
+    norms = [read_metrics(folder / "metrics.jsonl")[-1]["grad_norm"] for folder in folders]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(epsilon_model):
+    gradients = []
+    for checkpointing in (False, True):
+        pipeline = load_pipeline(epsilon_model, "cpu")
+        if checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+        pipeline.unet.requires_grad_(True)
+        torch.manual_seed(0)
+        embeds = encode_prompts(pipeline, ["a cat", "a fox"])
+        predict(pipeline.unet, torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), embeds, encode_prompts(pipeline, [""])).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in pipeline.unet.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_plain_diffusers_draws_the_same_picture_from_the_adapter(model, tmp_path):
+    folder = ddpo.train(Config(model=model, out=str(tmp_path), **SMALL))
+    pictures = []
+    for own in (False, True):
+        pipeline = load_pipeline(model, "cpu", lora=folder) if own else StableDiffusionPipeline.from_pretrained(model)
+        pipeline.set_progress_bar_config(disable=True)
+        if not own:
+            pipeline.load_lora_weights(str(folder))
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        pictures.append(pipeline(["a cat"], num_inference_steps=4, latents=noise, output_type="pt").images)
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-3)
+
+
+def inputs(run, batch=3):
+    torch.manual_seed(1)
+    return (torch.randn(batch, 4, 8, 8), torch.tensor([1, 500, 900]), encode_prompts(run.pipeline, ["a cat"] * batch),
+            encode_prompts(run.pipeline, [""]))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_divergence_is_zero_at_the_base_model_and_positive_away_from_it(epsilon_model, tmp_path, lora_rank):
+    run = start(ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(lora_rank=lora_rank, kl=1.0))))
+    output, reference = predict(run.pipeline.unet, *inputs(run)), reference_output(run, *inputs(run))
+    assert kl_loss(output, reference, 4.0).tolist() == [0, 0, 0]
+    with torch.no_grad():
+        for p in run.parameters:
+            p.add_(0.05 * torch.randn_like(p))
+    output = predict(run.pipeline.unet, *inputs(run))
+    assert output.requires_grad  # looking at the base model has not switched the adapter off
+    away = kl_loss(output, reference_output(run, *inputs(run)), 4.0)
+    assert (away > 0).all()
+    unconditional, conditional = (output - reference).chunk(2)
+    by_hand = (unconditional + 4.0 * (conditional - unconditional)).square().mean((1, 2, 3))
+    torch.testing.assert_close(away, by_hand, rtol=1e-4, atol=1e-7)
+
+
+def test_a_divergence_weight_holds_the_model_back(epsilon_model, tmp_path):
+    moved = []
+    for kl in (0.0, 1e4):
+        folder = ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}", **SMALL | dict(epochs=3, updates=4, kl=kl)))
+        run = start(ddpo.check(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}", **SMALL | dict(epochs=3, updates=4, kl=kl or 1.0))), resume=True)
+        moved.append(kl_loss(predict(run.pipeline.unet, *inputs(run)), reference_output(run, *inputs(run)), 4.0).mean().item())
+    assert ("kl" in read_metrics(folder / "metrics.jsonl")[-1]) and moved[1] < 0.5 * moved[0]
+
+
+@pytest.mark.skipif(ddpo.kernels.triton is None, reason="no triton on this machine")
+def test_the_divergence_joins_the_fused_kernels_gradient(epsilon_model, tmp_path, monkeypatch):
+    trained = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(ddpo.kernels, "BACKEND", "auto")
+        settings = SMALL | dict(images=4, steps=2, kl=10.0, lr=1e-4, kernels=backend, device="")
+        trained[backend] = weights(ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=backend, **settings)))
+    assert max((trained["torch"][key] - trained["triton"][key]).abs().max() for key in trained["torch"]) <= 2e-5
+
+
+def test_outside_the_window_steps_are_deterministic_and_are_no_actions(epsilon_model, tmp_path):
+    config = ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(steps=10, window="2:5", drop_last=1)))
+    assert step_etas(config).tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    run = start(config)
+    assert run.policy_steps.tolist() == [2, 3]
+    _, stochastic = ddim_table(run.pipeline.scheduler, 10, 1.0)
+    _, deterministic = ddim_table(run.pipeline.scheduler, 10, 0.0)
+    assert torch.equal(run.table[2:5], stochastic[2:5]) and torch.equal(run.table[5:, :3], deterministic[5:, :3])
+
+
+def test_equal_step_weights_take_out_what_the_schedule_multiplies_a_steps_gradient_with(epsilon_model):
+    _, table = ddim_table(load_pipeline(epsilon_model, "cpu").scheduler, 20)
+    steps = torch.arange(20)
+    weighted = step_weights(table, steps, "equal")
+    gradient = table[:, 1].abs() / table[:, 2]  # of log p in the output, for noise of size 1
+    torch.testing.assert_close(weighted * gradient, torch.full((20,), (weighted * gradient)[0].item()))
+    assert weighted.mean().item() == pytest.approx(1) and step_weights(table, steps, "none").tolist() == [1] * 20
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_possible_and_explicit_flags_win(preset, tmp_path):
+    processes = 8 if preset == "sd15-8gpu" else 1
+    config, _ = parse_config(["--preset", preset, "--device", "cpu", "--epochs", "3"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(processes))
+        ddpo.check(config)
+    assert config.epochs == 3 and config.preset == preset
+    if preset != "emoji":
+        assert config.prompts == "imagenet_animals" and config.watch == ""
+        assert parse_config(["--preset", preset, "--reward", "aesthetic"])[0].prompts == "animals"
+        assert parse_config(["--preset", preset, "--prompts", "objects"])[0].prompts == "objects"
+
+
+def test_the_whole_unet_of_another_model_has_a_smaller_learning_rate():
+    rates = {(model, rank): ddpo.check(Config(model=model, lora_rank=rank, device="cpu")).lr for model in ("models/emoji", "sd") for rank in (0, 4)}
+    assert rates == {("models/emoji", 0): 1.2e-4, ("models/emoji", 4): 3e-3, ("sd", 0): 1e-5, ("sd", 4): 3e-4}
+
+
+@pytest.mark.parametrize("arguments, names", [
+    (["--window", "5:3"], "window"), (["--window", "x"], "window"), (["--window", "0:99"], "window"), (["--kl", "-1"], "kl"),
+    (["--ema", "1"], "ema"), (["--guard", "-1"], "guard"), (["--patience", "0"], "patience"), (["--cuda-graph"], "cuda-graph"),
+    (["--drop-last", "20"], "no step is left"), (["--step-weights", "odd"], "step-weights"), (["--optimizer", "sgd"], "optimizer"),
+    (["--eval-prompts", "no_such"], "no_such"), (["--model", "SDXL"], "not a text-to-image Stable Diffusion"),
+    (["--model", "FLUX"], "cannot be loaded"),
+])
+def test_what_cannot_work_is_one_line(tmp_path, capsys, arguments, names):
+    if "SDXL" in arguments:
+        arguments[1] = save_pipeline(tmp_path / "xl", addition_embed_type="text_time", addition_time_embed_dim=8,
+                                     projection_class_embeddings_input_dim=80)
+    if "FLUX" in arguments:
+        shutil.copytree(save_pipeline(tmp_path / "flux"), tmp_path / "model")
+        index = tmp_path / "model/model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["diffusers", "FluxTransformer2DModel"]}))
+        arguments[1] = str(tmp_path / "model")
+    with pytest.raises(SystemExit) as stop:
+        ddpo.main(["--out", str(tmp_path / "runs"), "--device", "cpu", "--epochs", "1", *arguments])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "runs").exists()
