@@ -1,128 +1,410 @@
-"""Runs the experiments that this repository reports, and writes what they show into results/.
+"""The paper's experiments, at the scale of the machine at hand; what they show goes to results/<model>/.
 
-    python reproduce.py main            the README's table, picture and curves (emoji model, about 25 minutes on two CPU cores)
-    python reproduce.py main --draw     only the table and pictures again, from the logs that are there
+    python reproduce.py rewards            before and after, for each reward: the README's table and pictures
+    python reproduce.py algorithms         DDPO-IS, DDPO-SF, RWR, RWR-sparse: reward against pictures sampled
+    python reproduce.py generalisation     trained animals, unseen animals, objects
+    python reproduce.py overoptimisation   far past the optimum, and what each prevention does about it
+    python reproduce.py fewer_steps        cheaper ways to sample and train: reward against time
+    python reproduce.py --draw             all tables and pictures again, from the logs that are there
 
-A run that was interrupted goes on where it stopped, one that is finished is not run again. What an experiment leaves in
-results/<model>/<experiment>/: each run's config.json and metrics.jsonl, a table (table.md) and pictures.
+Runs are shared between experiments, go on where they were interrupted, and are not run again once finished. --jobs 2 runs two at
+a time on half of the cores each, which gets more done than one on all of them (not for `fewer_steps`, which measures time).
+Left in results/<model>/: logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table (.md), its numbers (.json)
+and pictures.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
+from tqdm import tqdm
 
-from training import seeded
 from prompts import load_prompts
 from run_folder import read_metrics
 from sample import load_pipeline, picture_grid, sample_trajectories
+from training import seeded
 
 HERE = Path(__file__).parent
-MAIN = {  # run: flags of ddpo.py beside the defaults
-    "compress-seed-0": "--reward compress --seed 0",
-    "compress-seed-1": "--reward compress --seed 1",
-    "compress-seed-2": "--reward compress --seed 2",
-    "incompress": "--reward incompress",
-    "clip": "--reward clip --prompts animal_objects --watch compress",
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, two-sided 95 %, by number of seeds
+PROMPTS = {"clip": "--prompts animal_objects"}  # "a cat with a guitar": what alignment has to improve
+ALGORITHMS = {"DDPO-IS": "ddpo.py", "DDPO-SF": "ddpo.py --algorithm sf", "RWR": "rwr.py", "RWR-sparse": "rwr.py --weights sparse"}
+HELD_OUT = {"compress": "animals_held_out,objects", "clip": "animal_objects_held_out"}
+PREVENTIONS = {  # past the optimum: --patience 99 keeps the best look within the guard and goes on beyond it
+    "none": "--reward compress",
+    "kl": "--reward compress --kl 3",
+    "ema": "--reward compress --ema 0.95",
+    "mixture": "--reward compress:0.5,clip:1",
+}
+CHEAPER = {
+    "50 steps": "--steps 50", "20 steps": "", "10 steps": "--steps 10 --timestep-fraction 1", "all steps trained": "--timestep-fraction 1",
+    "a quarter trained": "--timestep-fraction 0.25", "last two dropped": "--drop-last 2", "equal weights": "--step-weights equal",
+    "window of 5": "--window 0:5 --timestep-fraction 1", "window of 10": "--window 0:10 --timestep-fraction 1",
 }
 
 
-def finish(name, flags, out):
-    """Run ddpo.py to its end, from wherever it is."""
-    folder = out / name
-    if (folder / "config.json").exists():
-        epochs = json.loads((folder / "config.json").read_text())["epochs"]
-        rows = read_metrics(folder / "metrics.jsonl")
-        if rows and rows[-1]["epoch"] == epochs:
-            return
-        command = ["--resume", str(folder)]
-    else:
-        command = [*flags.split(), "--name", name, "--out", str(out)]
-    print(f"python ddpo.py {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, "ddpo.py", *command], check=True)
+def plan(experiment, seeds):
+    """{run: command} of an experiment, in the order in which they are worth having."""
+    runs = {}
+    for seed in range(seeds):
+        if experiment in ("rewards", "generalisation"):
+            for reward in ("compress", "clip", "incompress")[: 3 if experiment == "rewards" else 2]:
+                extra = f"--eval-prompts {HELD_OUT[reward]}" if reward in HELD_OUT else ""
+                runs[f"{reward}-{seed}"] = f"ddpo.py --reward {reward} --seed {seed} {PROMPTS.get(reward, '')} {extra}"
+        if experiment == "algorithms":
+            for reward in ("compress", "incompress", "clip"):
+                for name, script in ALGORITHMS.items():
+                    runs[f"{reward}-{name}-{seed}"] = (f"{script} --reward {reward} --seed {seed} {PROMPTS.get(reward, '')} --epochs 6 "
+                                                       "--guard 0 --eval-every 6")
+        if experiment == "overoptimisation":
+            for name, flags in PREVENTIONS.items():
+                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --lr 2e-4 --epochs 12 --eval-every 2 --patience 99"
+        if experiment == "fewer_steps":
+            for name, flags in CHEAPER.items():
+                runs[f"steps-{name.replace(' ', '-')}-{seed}"] = f"ddpo.py --reward compress --seed {seed} {flags} --epochs 6 --guard 0 --eval-every 2"
+    return {name: " ".join(command.split()) for name, command in runs.items()}
 
 
-def looks(rows, key):
-    """(images sampled, value) of the rows that looked at fixed prompts and seeds."""
-    return zip(*[(row["images"], row[key]) for row in rows if key in row])
+def finished(folder):
+    """A run is over at its last epoch, or where the guard has stopped it: either way its last row is a look and has a checkpoint."""
+    if not (folder / "config.json").exists():
+        return False
+    from ddpo import Config
+    from evaluate import guard
+
+    known = Config.__dataclass_fields__
+    settings = json.loads((folder / "config.json").read_text())
+    rows = read_metrics(folder / "metrics.jsonl")
+    over = rows and (rows[-1]["epoch"] == settings["epochs"]
+                     or guard(rows, Config(**{key: value for key, value in settings.items() if key in known}))[1])
+    return bool(over) and (folder / "checkpoint" / f"epoch_{rows[-1]['epoch']:06d}.pt").exists()
 
 
-def table(logs):
-    """Markdown: first and last look of every run."""
-    lines = ["| run | kB | change | CLIP cosine | top-1 |", "| --- | --- | --- | --- | --- |"]
-    for name, rows in logs.items():
-        first, last = rows[0], rows[-1]
-        sizes = [abs(row["eval_reward"] if "compress" in name else row["eval_compress"]) for row in (first, last)]
-        cosines = [row["eval_reward"] if name == "clip" else row["eval_clip"] for row in (first, last)]
-        top1 = f"{first['eval_clip_top1']:.2f} → {last['eval_clip_top1']:.2f}"
-        lines.append(f"| `{MAIN[name]}` | {sizes[0]:.2f} → {sizes[1]:.2f} | {sizes[1] / sizes[0] - 1:+.0%} | "
-                     f"{cosines[0]:.3f} → {cosines[1]:.3f} | {top1} |")
-    return "\n".join(lines) + "\n"
+def run_all(runs, out, logs, jobs, minutes):
+    """Bring every run to its end, `jobs` at a time, until the minutes are used up; copy the logs."""
+    waiting = [name for name in runs if not finished(out / name)]
+    deadline = time.time() + 60 * minutes if minutes else float("inf")
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    running = {}
+    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="runs", unit="run")
+    try:
+        while running or (waiting and time.time() < deadline):
+            while waiting and len(running) < jobs and time.time() < deadline:
+                name = waiting.pop(0)
+                script, *flags = runs[name].split()
+                resume = (out / name / "config.json").exists()
+                command = [script, "--resume", str(out / name)] if resume else [script, *flags, "--name", name, "--out", str(out)]
+                tqdm.write("python " + " ".join(command))
+                quiet = None if jobs == 1 else subprocess.DEVNULL
+                running[name] = subprocess.Popen([sys.executable, *command], stdout=quiet, stderr=quiet if quiet is None else subprocess.PIPE,
+                                                 env=os.environ | {"OMP_NUM_THREADS": threads})
+            for name, process in list(running.items()):
+                if process.stderr and process.poll() is None:
+                    os.set_blocking(process.stderr.fileno(), False)
+                    process.stderr.read()  # an unread pipe would stop the run
+                if process.poll() is not None:
+                    if process.returncode:
+                        raise SystemExit(f"{name} ended with exit code {process.returncode}: python {runs[name]} "
+                                         f"{(process.stderr.read() or b'').decode()[-500:] if process.stderr else ''}")
+                    del running[name]
+                    bar.update()
+            time.sleep(0.5)
+    finally:
+        for process in running.values():
+            process.terminate()
+        bar.close()
+    for name in runs:
+        if finished(out / name):
+            (logs / name).mkdir(parents=True, exist_ok=True)
+            for file in ("config.json", "metrics.jsonl"):
+                shutil.copy(out / name / file, logs / name / file)
+    return not waiting
 
 
-def draw_curves(logs, path):
+def read(runs, logs):
+    """{run: rows} of the runs that have logs."""
+    return {name: read_metrics(logs / name / "metrics.jsonl") for name in runs if (logs / name / "metrics.jsonl").exists()}
+
+
+def kept(name, logs):
+    """(first look, the look whose weights were kept) of a run."""
+    from ddpo import Config
+    from evaluate import guard
+
+    rows = read_metrics(logs / name / "metrics.jsonl")
+    looks = [row for row in rows if "eval_reward" in row]
+    best, _ = guard(rows, Config(**json.loads((logs / name / "config.json").read_text())))
+    return looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
+
+
+def interval(values):
+    """(mean, half the width of its 95 % confidence interval over seeds; 0 for one seed)."""
+    values = list(values)
+    if len(values) < 2:
+        return values[0], 0.0
+    return statistics.mean(values), T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def plots(columns, width=4.2, height=3.4):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    for name, rows in logs.items():
-        size, recognised, cosine = axes
-        if name != "clip":
-            trained = [(row["images"], abs(row["reward_mean"])) for row in rows if "reward_mean" in row]
-            line, = size.plot(*zip(*trained), alpha=0.35)
-            size.plot(*[np.abs(values) for values in looks(rows, "eval_reward")], "o-", color=line.get_color(), label=name)
-            recognised.plot(*looks(rows, "eval_clip_top1"), "o-", color=line.get_color(), label=name)
-        cosine.plot(*looks(rows, "eval_reward" if name == "clip" else "eval_clip"), "o-", label=name)
-    size.set(title="JPEG size (kB): trained on", xlabel="images sampled", ylim=(0, None))
-    recognised.set(title="recognised by CLIP (top-1): watched", xlabel="images sampled", ylim=(0, 1))
-    cosine.set(title="CLIP cosine: watched, but for `clip`", xlabel="images sampled")
-    for axis in axes:
+    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False)
+    for axis in axes[0]:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    return figure, axes[0]
+
+
+def save_figure(figure, path):
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
 
 
-def draw_before_and_after(runs, path, prompts, columns=10):
-    """One row a model, the same prompts and seeds in each; `runs`: label -> run folder, or None for the base model."""
+def band(axis, curves, label):
+    """Mean and 95 % interval of curves [(x, y), ...] that share their x."""
+    length = min(len(curve) for curve in curves)
+    xs = [point[0] for point in curves[0][:length]]
+    middle, half = zip(*[interval(curve[i][1] for curve in curves) for i in range(length)])
+    line, = axis.plot(xs, middle, "o-", ms=3, label=label)
+    if len(curves) > 1:
+        axis.fill_between(xs, [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)], color=line.get_color(), alpha=0.15, lw=0)
+
+
+def seeds_of(runs, stem):
+    """The rows of all seeds of a run."""
+    return [rows for name, rows in runs.items() if re.fullmatch(re.escape(stem) + r"-\d+", name)]
+
+
+def kilobytes(row, reward, view="eval"):
+    return abs(row[f"{view}_reward"]) if reward.endswith("compress") else None
+
+
+def pictures(model, weights, prompts, path, columns=10):
+    """A row a model, the same prompts and seeds in each. weights: {label: folder, or (folder, strength)}; None: the base model."""
     rows = []
-    for folder in runs.values():
-        pipeline = load_pipeline(lora=folder)
+    chosen = [prompts[i * len(prompts) // columns] for i in range(columns)]
+    for source in weights.values():
+        folder, strength = source if isinstance(source, tuple) else (source, 1.0)
+        pipeline = load_pipeline(model, lora=folder, lora_scale=strength)
         generators = [seeded(1, i, device=pipeline.device) for i in range(columns)]
-        rows.append(sample_trajectories(pipeline, prompts[:columns], 20, 4.0, generator=generators).images)
-    picture_grid(rows, list(runs), prompts[:columns], cell=112).save(path)
+        rows.append(sample_trajectories(pipeline, chosen, 20, 4.0, generator=generators).images)
+    picture_grid(rows, list(weights), chosen, cell=112).save(path)
 
 
-def main_experiment(out, folder, draw_only):
-    if not draw_only:
-        for name, flags in MAIN.items():
-            finish(name, flags, out)
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for file in ("config.json", "metrics.jsonl", "progress.png"):
-                shutil.copy(out / name / file, folder / name / file)
-    logs = {name: read_metrics(folder / name / "metrics.jsonl") for name in MAIN if (folder / name).exists()}
-    (folder / "table.md").write_text(table(logs))
-    print((folder / "table.md").read_text())
-    draw_curves(logs, folder / "curves.png")
-    animals, pairs = load_prompts("animals"), load_prompts("animal_objects")
-    for label, run, prompts in (("compress", "compress-seed-0", animals), ("incompress", "incompress", animals), ("clip", "clip", pairs)):
-        if (out / run / "unet").exists():  # the weights are not kept beside the logs
-            draw_before_and_after({"before": None, label: out / run}, folder / f"{label}.png", prompts[:: len(prompts) // 10])
+def draw_rewards(runs, results, out, model):
+    lines = ["| run | epochs | kB | change | CLIP cosine | top-1 |", "| --- | --- | --- | --- | --- | --- |"]
+    numbers = {}
+    for name, rows in runs.items():
+        first, last = kept(name, results / "logs")
+        reward = name.split("-")[0]
+        size = [kilobytes(look, reward) for look in (first, last)]
+        cosine = [look.get("eval_clip", look["eval_reward"]) for look in (first, last)]
+        top1 = [look["eval_clip_top1"] for look in (first, last)]
+        change = f"{size[0]:.2f} → {size[1]:.2f} | {size[1] / size[0] - 1:+.0%}" if size[0] else " | "
+        lines.append(f"| `{plan('rewards', 9)[name].split(' --eval')[0]}` | {last['epoch']} of {rows[-1]['epoch']} | {change} | "
+                     f"{cosine[0]:.3f} → {cosine[1]:.3f} | {top1[0]:.2f} → {top1[1]:.2f} |")
+        numbers[name] = {"first": first, "kept": last, "seconds": sum(row.get("seconds", 0) + row.get("seconds_eval", 0) for row in rows)}
+    figure, (size, recognised, cosine) = plots(3)
+    for name, rows in runs.items():
+        looks = [row for row in rows if "eval_reward" in row]
+        images, reward = [row["images"] for row in looks], name.split("-")[0]
+        colour = {"compress": "C0", "incompress": "C1", "clip": "C2"}[reward]
+        style = dict(color=colour, label=reward if name.endswith("-0") else None, ls="-", marker="o", ms=3)
+        if reward != "clip":
+            trained = [row for row in rows if "reward_mean" in row]
+            size.plot([row["images"] for row in trained], [abs(row["reward_mean"]) for row in trained], color=colour, alpha=0.3)
+            size.plot(images, [abs(row["eval_reward"]) for row in looks], **style)
+        recognised.plot(images, [row["eval_clip_top1"] for row in looks], **style)
+        cosine.plot(images, [row.get("eval_clip", row["eval_reward"]) for row in looks], **style)
+    size.set(title="JPEG size (kB): trained on", ylim=(0, None))
+    recognised.set(title="recognised by CLIP (top-1): watched", ylim=(0, 1.02))
+    cosine.set(title="CLIP cosine: watched, but for `clip`")
+    for axis in (size, recognised, cosine):
+        axis.set_xlabel("pictures sampled")
+        axis.legend(fontsize=8)
+    save_figure(figure, results / "rewards.png")
+    for reward in ("compress", "incompress", "clip"):
+        if (out / f"{reward}-0" / "unet").exists():  # weights are not kept beside the logs
+            prompts = load_prompts("animal_objects" if reward == "clip" else "animals")
+            pictures(model, {"before": None, reward: out / f"{reward}-0"}, prompts, results / f"{reward}.png")
+    if (out / "clip-0" / "unet").exists():
+        pictures(model, {"before": None, "clip": out / "clip-0"}, load_prompts("animal_objects_held_out"), results / "clip_held_out.png")
+    return lines, numbers
+
+
+def draw_algorithms(runs, results, out, model):
+    rewards = [reward for reward in ("compress", "incompress", "clip") if any(name.startswith(reward + "-") for name in runs)]
+    figure, axes = plots(len(rewards))
+    lines, numbers = ["| reward | algorithm | first epoch | last epoch | change |", "| --- | --- | --- | --- | --- |"], {}
+    for axis, reward in zip(axes, rewards):
+        for algorithm in ALGORITHMS:
+            curves = [[(row["images"], row["reward_mean"]) for row in rows if "reward_mean" in row] for rows in seeds_of(runs, f"{reward}-{algorithm}")]
+            if not curves:
+                continue
+            band(axis, curves, algorithm)
+            looks = [[row["eval_reward"] for row in rows if "eval_reward" in row] for rows in seeds_of(runs, f"{reward}-{algorithm}")]
+            (first, _), (last, half) = interval(look[0] for look in looks), interval(look[-1] for look in looks)
+            lines.append(f"| {reward} | {algorithm} | {first:.3f} | {last:.3f} ± {half:.3f} | {(last - first) / abs(first):+.1%} |")
+            numbers[f"{reward} {algorithm}"] = {"before": first, "after": last, "half_width_95": half, "seeds": len(curves)}
+        axis.set(title=reward, xlabel="pictures sampled", ylabel="reward of the sampled pictures")
+        axis.legend(fontsize=8)
+    lines[0] = "| reward | algorithm | before | after | change |"
+    save_figure(figure, results / "algorithms.png")
+    return lines, numbers
+
+
+def draw_generalisation(runs, results, out, model):
+    rewards = [reward for reward in HELD_OUT if seeds_of(runs, reward)]
+    figure, axes = plots(len(rewards))
+    lines, numbers = ["| reward | prompts | before | after | change |", "| --- | --- | --- | --- | --- |"], {}
+    for axis, reward in zip(axes, rewards):
+        names = [name for name in runs if re.fullmatch(rf"{reward}-\\d+", name)] or [name for name in runs if name.startswith(reward + "-")]
+        sets = {"trained": "eval"} | {name: f"eval_{name}" for name in HELD_OUT[reward].split(",")}
+        for i, (label, view) in enumerate(sets.items()):
+            pairs = [[look[f"{view}_reward"] for look in kept(name, results / "logs")] for name in names]
+            change, half = interval((after - before) / abs(before) for before, after in pairs)
+            before, after = (statistics.mean(values) for values in zip(*pairs))
+            axis.bar(i, 100 * change, yerr=100 * half, capsize=4, color=f"C{i}")
+            lines.append(f"| {reward} | {label.replace('_', ' ')} | {before:.3f} | {after:.3f} | {change:+.1%} ± {half:.1%} |")
+            numbers[f"{reward} {label}"] = {"change": change, "half_width_95": half, "seeds": len(pairs)}
+        axis.set(title=f"{reward}: change of the reward (%)", xticks=range(len(sets)), xticklabels=[label.replace("_", "\n") for label in sets])
+    save_figure(figure, results / "generalisation.png")
+    return lines, numbers
+
+
+def draw_overoptimisation(runs, results, out, model):
+    names = {"eval_size": "JPEG size (kB): trained on", "eval_clip": "CLIP cosine: watched", "eval_clip_top1": "recognised (top-1)",
+             "eval_diversity": "diversity"}
+    figure, axes = plots(len(names) + 1, width=3.6)
+    lines, numbers = ["| prevention | kB | change | CLIP cosine | top-1 | diversity |", "| --- | --- | --- | --- | --- | --- |"], {}
+    for prevention in PREVENTIONS:
+        logs = [[row | {"eval_size": abs(row.get("eval_compress", row["eval_reward"]))} for row in rows if "eval_reward" in row]
+                for rows in seeds_of(runs, f"over-{prevention}")]
+        if not logs:
+            continue
+        for axis, key in zip(axes, names):
+            band(axis, [[(row["images"], row[key]) for row in rows] for rows in logs], prevention)
+        length = min(map(len, logs))
+        points = [[statistics.mean(rows[i][key] for rows in logs) for i in range(length)] for key in ("eval_size", "eval_clip_top1")]
+        axes[-1].plot(*points, "o-", ms=3, label=prevention)
+        ends = {prevention: [rows[-1] for rows in logs]}
+        if prevention == "none":
+            guarded = [kept(name, results / "logs")[1] for name in runs if name.startswith("over-none-")]
+            ends["guard"] = [row | {"eval_size": abs(row["eval_reward"])} for row in guarded]
+        for label, rows in ends.items():
+            values = {key: interval(row[key] for row in rows) for key in names}
+            before = statistics.mean(rows[0]["eval_size"] for rows in logs)
+            shown = [f"{values[key][0]:.2f} ± {values[key][1]:.2f}" for key in names]
+            lines.append(f"| {label} | {shown[0]} | {values['eval_size'][0] / before - 1:+.0%} | {' | '.join(shown[1:])} |")
+            numbers[label] = {key: {"mean": mean, "half_width_95": half} for key, (mean, half) in values.items()} | {"seeds": len(rows)}
+            if label == "guard":
+                axes[-1].plot(values["eval_size"][0], values["eval_clip_top1"][0], "*", ms=14, color="k", label="none, stopped by the guard")
+    for axis, title in zip(axes, [*names.values(), "the trade-off"]):
+        axis.set(title=title, xlabel="pictures sampled")
+    axes[-1].set(xlabel="JPEG size (kB)", ylabel="recognised (top-1)")
+    axes[-1].invert_xaxis()
+    axes[-1].legend(fontsize=7)
+    save_figure(figure, results / "overoptimisation.png")
+    if (out / "over-none-0" / "unet").exists():
+        last = out / "over-none-0" / "last"
+        rows = {"before": None, "none": last if last.exists() else out / "over-none-0", "guard": out / "over-none-0"}
+        rows |= {name: out / f"over-{name}-0" for name in PREVENTIONS if name != "none" and (out / f"over-{name}-0").exists()}
+        for name in ("kl", "ema", "mixture"):  # at their last epoch: what each does without the guard
+            if name in rows and (rows[name] / "last").exists():
+                rows[name] = rows[name] / "last"
+        pictures(model, rows, load_prompts("animals"), results / "overoptimisation_pictures.png")
+        strengths = {f"strength {s:g}": (rows["none"], s) for s in (0.25, 0.5, 0.75, 1.0)}
+        pictures(model, {"before": None} | strengths, load_prompts("animals"), results / "strength.png")
+    return lines, numbers
+
+
+def draw_fewer_steps(runs, results, out, model):
+    figure, axes = plots(2, width=5.5, height=4)
+    lines, numbers = ["| variant | kB | seconds an epoch, relative to 20 steps | kB after the seconds that 20 steps took for 3 epochs |",
+                      "| --- | --- | --- | --- |"], {}
+    clocks = {}
+    for variant in CHEAPER:
+        for seed, rows in enumerate(seeds_of(runs, f"steps-{variant.replace(' ', '-')}")):
+            total, curve = 0.0, []
+            for row in rows:
+                total += row.get("seconds", 0)
+                if "eval_reward" in row:
+                    curve.append((total, abs(row["eval_reward"])))
+            clocks[variant, seed] = curve
+    for variant in CHEAPER:
+        curves = [curve for (name, _), curve in clocks.items() if name == variant]
+        if not curves or ("20 steps", 0) not in clocks:
+            continue
+        reference = statistics.mean(curve[-1][0] for (name, _), curve in clocks.items() if name == "20 steps")
+        length = min(map(len, curves))
+        axes[0].plot([statistics.mean(c[i][0] for c in curves) for i in range(length)],
+                     [statistics.mean(c[i][1] for c in curves) for i in range(length)], "o-", ms=3, label=variant)
+        band(axes[1], [list(enumerate(value for _, value in curve)) for curve in curves], variant)
+        size, half = interval(curve[-1][1] for curve in curves)
+        share = statistics.mean(curve[-1][0] for curve in curves) / reference
+        at_equal_time = interval(between(curve, reference / 2) for curve in curves)
+        lines.append(f"| {variant} | {size:.2f} ± {half:.2f} | {share:.2f} | {at_equal_time[0]:.2f} ± {at_equal_time[1]:.2f} |")
+        numbers[variant] = {"kilobytes": size, "half_width_95": half, "relative_seconds": share, "kilobytes_at_equal_time": at_equal_time[0],
+                            "seeds": len(curves)}
+    axes[0].set(xlabel="seconds", ylabel="JPEG size (kB)")
+    axes[1].set(xlabel="look (every 2 epochs)", ylabel="JPEG size (kB)")
+    axes[0].legend(fontsize=7)
+    save_figure(figure, results / "fewer_steps.png")
+    return lines, numbers
+
+
+def between(curve, x):
+    """The value of a piecewise linear curve at x; its last value beyond its end."""
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return curve[-1][1]
+
+
+EXPERIMENTS = {"rewards": draw_rewards, "algorithms": draw_algorithms, "generalisation": draw_generalisation,
+               "overoptimisation": draw_overoptimisation, "fewer_steps": draw_fewer_steps}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{', '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("--model", default="models/emoji")
+    parser.add_argument("--flags", default="", help='for every run, such as "--preset sd15-24gb --epochs 50"')
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=0, help="start no new run after so many")
+    parser.add_argument("--draw", action="store_true", help="run nothing: tables and pictures from the logs that are there")
+    parser.error = lambda message: parser.exit(2, f"{message}\n")
+    args = parser.parse_args(arguments)
+    for name in args.experiments:
+        if name not in EXPERIMENTS:
+            parser.exit(2, f"experiment {name}: unknown; choose {', '.join(EXPERIMENTS)}\n")
+    if args.seeds < 1 or args.jobs < 1 or args.minutes < 0:
+        parser.exit(2, f"--seeds {args.seeds} --jobs {args.jobs} --minutes {args.minutes:g}: at least 1, 1 and 0\n")
+    os.chdir(HERE)  # so that logs hold paths relative to the repository
+    results, out = Path("results") / Path(args.model).name, Path("runs/reproduce") / Path(args.model).name
+    (results / "logs").mkdir(parents=True, exist_ok=True)
+    own = "" if args.model == "models/emoji" else f" --model {args.model}"
+    for name in args.experiments or EXPERIMENTS:
+        runs = {run: f"{command}{own} {args.flags}".strip() for run, command in plan(name, args.seeds).items()}
+        complete = args.draw or run_all(runs, out, results / "logs", args.jobs, args.minutes)
+        logs = read(runs, results / "logs")
+        if logs:
+            lines, numbers = EXPERIMENTS[name](logs, results, out, args.model)
+            (results / f"{name}.md").write_text("\n".join(lines) + "\n")
+            (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+            print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
+        if not complete:
+            print(f"{name}: {len(logs)} of {len(runs)} runs are done; the same command goes on")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=["main"])
-    parser.add_argument("--draw", action="store_true", help="only the table and the curves, from the logs in results/")
-    args = parser.parse_args()
-    os.chdir(HERE)  # so that logs hold paths relative to the repository
-    results = Path("results/emoji") / args.experiment
-    results.mkdir(parents=True, exist_ok=True)
-    main_experiment(Path("runs") / args.experiment, results, args.draw)
+    main()

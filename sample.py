@@ -63,7 +63,7 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
     """A StableDiffusionPipeline from a folder in diffusers' layout or a hub id, with the scheduler this repo samples with.
 
     lora: a run's folder: its adapter (pytorch_lora_weights.safetensors), or its whole fine-tuned unet/.
-    lora_scale: the adapter's strength, 0 (the base model) to 1 (as trained).
+    lora_scale: the strength of what was trained, adapter or whole UNet: 0 (the base model) to 1 (as trained).
     dtype: of the UNet and the text encoder; the VAE stays in float32, because bfloat16 cannot tell 256 levels apart.
     Raises ValueError, one line, if something cannot be loaded or is not a Stable Diffusion of the first generations.
     """
@@ -104,7 +104,10 @@ def load_tuned(pipeline, folder, scale, dtype):
     """Put a run's weights into the pipeline: its whole unet/, or its adapter."""
     try:
         if (folder / "unet").exists():
-            pipeline.unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+            tuned = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+            for parameter, base in zip(tuned.parameters(), pipeline.unet.parameters(), strict=True):
+                parameter.data = torch.lerp(base.data, parameter.data, scale)
+            pipeline.unet = tuned
         elif (folder / "pytorch_lora_weights.safetensors").exists():
             pipeline.load_lora_weights(str(folder), adapter_name="tuned")
             pipeline.set_adapters(["tuned"], [scale])
@@ -346,7 +349,7 @@ def main(arguments=None):
     parser.add_argument("--prompt", action="append", help='may be repeated (default: "a cat", "a fox", "a butterfly", "a panda")')
     parser.add_argument("--model", default="models/emoji", help="a pipeline folder in diffusers' layout, or a hub id")
     parser.add_argument("--lora", help="a run's folder: draws the base model's pictures beside the tuned one's")
-    parser.add_argument("--lora-scale", type=float, default=1.0, help="strength of the adapter, 0 to 1")
+    parser.add_argument("--lora-scale", type=float, nargs="+", default=[1.0], help="strengths of what was trained, 0 to 1; several: side by side")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="denoising steps (default: 20 for the emoji model, 50 otherwise)")
@@ -364,15 +367,16 @@ def main(arguments=None):
             raise ValueError(f"--images {args.images}: must be at least 1")
         if not Path(args.out).parent.is_dir() or Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
-        tuned = load_pipeline(args.model, args.device, DTYPES[args.dtype], args.lora, args.lora_scale) if args.lora else None
-        base = load_pipeline(args.model, args.device, DTYPES[args.dtype])
-        ddim_table(base.scheduler, steps, args.eta)
+        models = {"base": load_pipeline(args.model, args.device, DTYPES[args.dtype])}
+        for scale in args.lora_scale if args.lora else []:
+            label = "tuned" if len(args.lora_scale) == 1 else f"x{scale:g}"
+            models[label] = load_pipeline(args.model, args.device, DTYPES[args.dtype], args.lora, scale)
+        ddim_table(models["base"].scheduler, steps, args.eta)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
 
     from tqdm import tqdm
 
-    models = {"base": base} | ({"tuned": tuned} if tuned else {})
     rows = []
     with tqdm(total=len(prompts) * len(models) * steps, desc="sampling") as bar:
         for prompt in prompts:

@@ -269,7 +269,8 @@ def reward_row(run, scores):
     """The rewards' columns of a row of metrics.jsonl; a reward that is trained on alone is reward_mean itself."""
     trained = sum(weight * np.array(scores[name]) for name, weight in run.parts.items())
     row = {"reward_mean": float(trained.mean()), "reward_std": float(trained.std())}
-    return row | {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if [*run.parts] != [name]}
+    row |= {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if [*run.parts] != [name]}
+    return row | {f"{name}_{what}": count for name, reward in run.rewards.items() for what, count in reward.counts.items()}
 
 
 def apply_gradients(run):

@@ -16,6 +16,7 @@ from transformers import (AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPC
                           CLIPProcessor, DebertaConfig, DebertaModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
 
+import judges
 import rewards
 from rewards import RewardError, get_reward
 
@@ -435,7 +436,7 @@ def test_the_message_names_the_one_of_two_models_that_is_missing(no_network, cli
 
 
 def test_a_model_put_where_the_message_says_is_found(no_network, tmp_path, monkeypatch, head_file, images):
-    monkeypatch.setattr(rewards, "HERE", tmp_path)
+    monkeypatch.setattr(judges, "HERE", tmp_path)
     save_clip(tmp_path / "models" / "clip-vit-large-patch14")
     (tmp_path / "models" / "sac-logos-ava1-l14-linearMSE").mkdir()
     save_file(load_file(head_file), tmp_path / "models" / "sac-logos-ava1-l14-linearMSE" / "model.safetensors")
