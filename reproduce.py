@@ -24,9 +24,13 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from ddpo import Config
+from evaluate import eval_prompts, guard
 from prompts import load_prompts
+from rewards import clip_top1, jpeg_kilobytes
 from run_folder import read_metrics
 from sample import load_pipeline, picture_grid, sample_trajectories
 from training import seeded
@@ -71,18 +75,18 @@ def plan(experiment, seeds):
     return {name: " ".join(command.split()) for name, command in runs.items()}
 
 
+def settings_of(folder):
+    """The Config of a run, of ddpo.py or rwr.py; the latter has some settings more."""
+    settings = json.loads((folder / "config.json").read_text())
+    return Config(**{key: value for key, value in settings.items() if key in Config.__dataclass_fields__})
+
+
 def finished(folder):
     """A run is over at its last epoch, or where the guard has stopped it: either way its last row is a look and has a checkpoint."""
     if not (folder / "config.json").exists():
         return False
-    from ddpo import Config
-    from evaluate import guard
-
-    known = Config.__dataclass_fields__
-    settings = json.loads((folder / "config.json").read_text())
     rows = read_metrics(folder / "metrics.jsonl")
-    over = rows and (rows[-1]["epoch"] == settings["epochs"]
-                     or guard(rows, Config(**{key: value for key, value in settings.items() if key in known}))[1])
+    over = rows and (rows[-1]["epoch"] == settings_of(folder).epochs or guard(rows, settings_of(folder))[1])
     return bool(over) and (folder / "checkpoint" / f"epoch_{rows[-1]['epoch']:06d}.pt").exists()
 
 
@@ -134,12 +138,9 @@ def read(runs, logs):
 
 def kept(name, logs):
     """(first look, the look whose weights were kept) of a run."""
-    from ddpo import Config
-    from evaluate import guard
-
     rows = read_metrics(logs / name / "metrics.jsonl")
     looks = [row for row in rows if "eval_reward" in row]
-    best, _ = guard(rows, Config(**json.loads((logs / name / "config.json").read_text())))
+    best, _ = guard(rows, settings_of(logs / name))
     return looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
 
 
@@ -197,6 +198,18 @@ def pictures(model, weights, prompts, path, columns=10):
         generators = [seeded(1, i, device=pipeline.device) for i in range(columns)]
         rows.append(sample_trajectories(pipeline, chosen, 20, 4.0, generator=generators).images)
     picture_grid(rows, list(weights), chosen, cell=112).save(path)
+
+
+def strength_curve(model, folder, prompts, strengths=(0.25, 0.5, 0.75, 1.0)):
+    """[(strength, kB, top-1)] of a run's last weights, turned down towards the base model, on the pictures that looks use."""
+    chosen, candidates = eval_prompts(prompts, 64), load_prompts("animals") + load_prompts("animals_held_out")
+    points = []
+    for strength in strengths:
+        pipeline = load_pipeline(model, lora=folder, lora_scale=strength)
+        images = torch.cat([sample_trajectories(pipeline, chosen[i:i + 32], 20, 4.0, generator=[
+            seeded(0, 0, j, device=pipeline.device) for j in range(i, i + 32)]).images for i in (0, 32)])
+        points.append((strength, jpeg_kilobytes(images).mean().item(), clip_top1(images, chosen, candidates).float().mean().item()))
+    return points
 
 
 def draw_rewards(runs, results, out, model):
@@ -311,8 +324,6 @@ def draw_overoptimisation(runs, results, out, model):
         axis.set(title=title, xlabel="pictures sampled")
     axes[-1].set(xlabel="JPEG size (kB)", ylabel="recognised (top-1)")
     axes[-1].invert_xaxis()
-    axes[-1].legend(fontsize=7)
-    save_figure(figure, results / "overoptimisation.png")
     if (out / "over-none-0" / "unet").exists():
         last = out / "over-none-0" / "last"
         rows = {"before": None, "none": last if last.exists() else out / "over-none-0", "guard": out / "over-none-0"}
@@ -323,6 +334,10 @@ def draw_overoptimisation(runs, results, out, model):
         pictures(model, rows, load_prompts("animals"), results / "overoptimisation_pictures.png")
         strengths = {f"strength {s:g}": (rows["none"], s) for s in (0.25, 0.5, 0.75, 1.0)}
         pictures(model, {"before": None} | strengths, load_prompts("animals"), results / "strength.png")
+        numbers["strength"] = strength_curve(model, rows["none"], load_prompts("animals"))
+        axes[-1].plot(*zip(*[point[1:] for point in numbers["strength"]]), "x--", color="gray", label="none, at strength 0.25 to 1 (seed 0)")
+    axes[-1].legend(fontsize=7)
+    save_figure(figure, results / "overoptimisation.png")
     return lines, numbers
 
 

@@ -1,0 +1,88 @@
+"""Claims about the experiments: every run of every plan is a command that its script accepts, and tables follow from logs."""
+
+import json
+import math
+import re
+import statistics
+
+import pytest
+
+import ddpo
+import reproduce
+from reproduce import EXPERIMENTS, between, finished, interval, kept, plan, run_all
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_command_of_a_plan_is_one_that_its_script_accepts(experiment):
+    runs = plan(experiment, 2)
+    assert len(set(runs.values())) == len(runs)  # nothing is run twice under two names
+    for command in runs.values():
+        script, *flags = command.split()
+        if script == "ddpo.py":
+            ddpo.check(ddpo.parse_config([*flags, "--device", "cpu"])[0])
+        else:
+            rwr = pytest.importorskip("rwr")
+            rwr.check(rwr.parse_config([*flags, "--device", "cpu"])[0])
+
+
+def test_the_interval_is_students():
+    values = [1.0, 2.0, 4.0]
+    mean, half = interval(values)
+    assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * statistics.stdev(values) / math.sqrt(3), rel=1e-3)
+    assert interval([5.0]) == (5.0, 0.0)
+
+
+def test_a_curve_is_linear_between_its_points():
+    assert between([(0, 1.0), (10, 3.0), (20, 2.0)], 5) == 2.0 and between([(0, 1.0), (10, 3.0)], 99) == 3.0
+
+
+def fake_run(folder, seed, sizes=(2.5, 2.2, 2.0), cosines=(0.66, 0.65, 0.3), **settings):
+    """The logs of a run that looked after each epoch and left the guard at the last."""
+    folder.mkdir(parents=True)
+    config = ddpo.check(ddpo.Config(seed=seed, device="cpu", epochs=len(sizes) - 1, **settings))
+    (folder / "config.json").write_text(json.dumps(vars(config)))
+    rows = []
+    for epoch, (size, cosine) in enumerate(zip(sizes, cosines)):
+        row = {"epoch": epoch, "images": 64 * epoch, "eval_clip_std": 0.05} | ({"reward_mean": -size, "seconds": 1.0} if epoch else {})
+        for view in ("eval", "eval_animals_held_out", "eval_objects", "eval_animal_objects_held_out"):
+            row |= {f"{view}_reward": -size, f"{view}_clip": cosine, f"{view}_clip_top1": cosine, f"{view}_diversity": 0.2}
+        rows.append(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_tables_and_curves_are_drawn_from_logs_alone(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(plan(experiment, 2)):
+        fake_run(tmp_path / "results/emoji/logs" / name, seed=i)
+    reproduce.main([experiment, "--draw", "--seeds", "2"])
+    assert (tmp_path / f"results/emoji/{experiment}.png").stat().st_size > 0
+    table = (tmp_path / f"results/emoji/{experiment}.md").read_text().splitlines()
+    assert len(table) > 2 and len({row.count("|") for row in table}) == 1
+    assert json.loads((tmp_path / f"results/emoji/{experiment}.json").read_text())
+
+
+def test_what_a_table_reports_is_the_look_that_was_kept(tmp_path):
+    fake_run(tmp_path / "compress-0", 0)
+    first, last = kept("compress-0", tmp_path)
+    assert (first["epoch"], last["epoch"]) == (0, 1)  # epoch 2 was beyond the guard
+
+
+def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(tmp_path):
+    (tmp_path / "logs").mkdir()
+    runs = {"tiny": "ddpo.py --reward compress --device cpu --images 4 --group-size 2 --sample-batch 4 --train-batch 4 --steps 2 --updates 1 "
+                    "--epochs 2 --eval-images 2 --eval-every 1 --watch= --lora-rank 2"}
+    assert run_all(runs, tmp_path / "out", tmp_path / "logs", jobs=2, minutes=0)
+    log = (tmp_path / "logs/tiny/metrics.jsonl").read_text()
+    assert finished(tmp_path / "out/tiny") and len(log.splitlines()) == 3
+    run_all(runs, tmp_path / "out", tmp_path / "logs", jobs=2, minutes=0)
+    assert (tmp_path / "logs/tiny/metrics.jsonl").read_text() == log  # with its seconds: it was not run again
+    (tmp_path / "out/tiny/checkpoint/epoch_000002.pt").unlink()
+    assert not finished(tmp_path / "out/tiny")
+    run_all(runs, tmp_path / "out", tmp_path / "logs", jobs=2, minutes=0)
+
+    def timeless(text):
+        return re.sub(r'"[a-z_]*second[a-z_]*": [\d.e-]+', "", text)
+
+    assert timeless((tmp_path / "logs/tiny/metrics.jsonl").read_text()) == timeless(log)
