@@ -1,6 +1,6 @@
 """Pretrains the small emoji model that ships in models/emoji: a real StableDiffusionPipeline, only tiny.
 
-    python pretrain.py                          everything, about 1.5 hours on two cores
+    python pretrain.py                          everything, about two hours on two cores
     python pretrain.py --unet-steps 30000       longer, where there is a GPU; finished stages are kept
 
 Six stages, each started again where it stopped (runs/pretrain/*.pt), with sheets of pictures to look at:
@@ -27,7 +27,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -50,18 +50,17 @@ class Config:
     vae_steps: int = 2200
     vae_batch: int = 16
     vae_lr: float = 1e-3
-    unet_steps: int = 4800
-    unet_horizon: int = 6800  # of the cosine: the average of weights (EMA) does what the last, slow part would do
+    unet_steps: int = 7600
     unet_batch: int = 64
     unet_lr: float = 1e-3
     clip_scenes: int = 32768  # different pictures that a stage sees
     vae_scenes: int = 16384
     unet_scenes: int = 40960  # turned into latents once
     caption_dropout: float = 0.1
-    judge_steps: int = 450
+    judge_steps: int = 1500
     judge_batch: int = 128
     judge_lr: float = 5e-4
-    decoder_steps: int = 600
+    decoder_steps: int = 2000
     decoder_batch: int = 16
     decoder_lr: float = 1e-3
     ema: float = 0.999
@@ -103,7 +102,6 @@ def finished(name, config, model):
 def train(name, config, model, loss_fn, look=None):
     """The loop that the stages share: AdamW, warm-up and cosine, EMA, a checkpoint that a restart goes on from."""
     steps, lr = getattr(config, f"{name}_steps"), getattr(config, f"{name}_lr")
-    horizon = max(steps, config.unet_horizon) if name == "unet" else steps
     path = Path(config.work) / f"{name}.pt"
     model.to(device()).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -118,7 +116,7 @@ def train(name, config, model, loss_fn, look=None):
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
     for step in bar:
         torch.manual_seed(config.seed * 1_000_003 + step)  # so that a restart draws what an unbroken run draws
-        scale = min(1, (step + 1) / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / horizon)))
+        scale = min(1, (step + 1) / 300) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
         loss = loss_fn(model)
@@ -159,8 +157,10 @@ def build_tokenizer(config):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(words), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # last letters get their numbers first, or the order in which words are met, another in each process, would break ties
     bpe.train_from_iterator(lines, trainers.BpeTrainer(
-        vocab_size=1800, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+        vocab_size=2016, initial_alphabet=alphabet, special_tokens=[AddedToken(letter + "</w>", special=True) for letter in alphabet],
+        end_of_word_suffix="</w>", show_progress=False))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     # CLIP's order; every byte also as the end of a word, so that no text at all is unknown
     vocab = alphabet + [byte + "</w>" for byte in alphabet] + [pair.replace(" ", "") for pair in merges]
@@ -344,7 +344,10 @@ def train_unet(config, tokenizer, clip, vae):
         a = alpha_bar[timesteps][:, None, None, None]
         with autocast():
             output = model(a.sqrt() * clean + (1 - a).sqrt() * noise, timesteps, embeds[texts]).sample
-        return F.mse_loss(output.float(), noise)
+        # min-SNR weights (Hang et al. 2023, arXiv 2303.09556): the steps that hardly have noise would fill most of the loss,
+        # and what a picture shows is decided in the others
+        weights = (5 * (1 - a) / a).clamp(max=1)  # min(SNR, 5) / SNR
+        return (weights * (output.float() - noise).square()).mean()
 
     samples = [scenes.with_article(noun) for noun in scenes.nouns()[:69]] + ["a cat on a blue background",
                "a dog on a green striped background", "a fox with a guitar"]
