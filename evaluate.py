@@ -11,7 +11,7 @@ from prompts import load_prompts
 from rewards import clip_image_embeddings, clip_top1
 from run_folder import stack_pictures
 from sample import picture_grid
-from training import averaged, gather, own, rollout, score, watched
+from training import averaged, gather, own, rollout, score, stage, watched
 
 
 def eval_prompts(prompts, count):
@@ -37,20 +37,21 @@ def look(run, epoch):
     if config.eval_deterministic:
         views["eval_eta0"] = run.prompts, 0.0
     row = {}
-    with averaged(run):
+    batches = len(own(run, config.eval_images).split(config.sample_batch))
+    with averaged(run), stage(run, "looking", len(views) * batches * config.steps) as bar:
         for view, (prompt_set, eta) in views.items():
-            row |= look_at(run, epoch, view, prompt_set, eta)
+            row |= look_at(run, epoch, view, prompt_set, eta, bar)
     return row
 
 
-def look_at(run, epoch, view, prompt_set, eta):
+def look_at(run, epoch, view, prompt_set, eta, bar):
     config = run.config
     prompts = eval_prompts(prompt_set, config.eval_images)
     candidates = list(dict.fromkeys(prompts + load_prompts("animals") + load_prompts("animals_held_out")))
     results, pictures, embeddings = [], [], []
     for index in own(run, len(prompts)).split(config.sample_batch):
         batch = [prompts[i] for i in index]
-        images = rollout(run, batch, [(0, 0, i) for i in index.tolist()], eta=eta).images
+        images = rollout(run, batch, [(0, 0, i) for i in index.tolist()], bar, eta).images
         values = {name: value.tolist() for name, value in score(run, images, batch).items()}
         if "clip" in run.rewards:
             values["clip_top1"] = clip_top1(images, batch, candidates, run.device).float().tolist()
@@ -95,16 +96,15 @@ def summary(run):
     looks = [row for row in run.rows if "eval_reward" in row]
     best, stopped = guard(run.rows, run.config)
     first, kept = looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
-    changes = []
+    lines = [f"{run.folder}: {run.epoch} epochs; see progress.png and rewards.png there"]
+    if stopped:
+        lines.append(f"  stopped: {run.config.watch} has fallen beyond --guard {run.config.guard:g}")
+    if best not in (None, run.epoch):
+        lines.append(f"  kept: the weights of epoch {best}; the newest are in {run.folder / 'last'}")
+    elif stopped:
+        lines.append("  kept: the newest weights, since no look was within the guard; a lower --lr or --eval-every 1 would find some")
+    lines.append("  on fixed prompts and seeds:")
     for key in (key for key in first if key.startswith("eval_") and not key.endswith("_std")):
         change = (kept[key] - first[key]) / max(abs(first[key]), 1e-9)
-        changes.append(f"{key.removeprefix('eval_')} {first[key]:.3f} -> {kept[key]:.3f} ({change:+.0%})")
-    why = ""
-    if stopped:
-        why = f"stopped after epoch {run.epoch}, beyond the guard of {run.config.watch} (--guard {run.config.guard:g}); "
-    if best not in (None, run.epoch):
-        why += f"kept: epoch {best}, the newest is in {run.folder / 'last'}; "
-    elif stopped:
-        why += "no look was within it, so the newest is kept: a lower --lr or a smaller --eval-every would find one; "
-    return (f"{run.folder}: {why}{', '.join(changes)}, on fixed prompts and seeds; see progress.png and rewards.png there\n"
-            f'next: python sample.py --lora {run.folder} --prompt "a cat" --prompt "a panda"')
+        lines.append(f"    {key.removeprefix('eval_'):<12} {first[key]:8.3f} -> {kept[key]:.3f}  ({change:+.0%})")
+    return "\n".join([*lines, f'next: python sample.py --lora {run.folder} --prompt "a cat" --prompt "a panda"'])

@@ -10,7 +10,7 @@
 Runs are shared between experiments, go on where they were interrupted, and are not run again once finished. --jobs 2 runs two at
 a time on half of the cores each, which gets more done than one on all of them (not for `fewer_steps`, which measures time).
 Left in results/<model>/: logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table (.md), its numbers (.json)
-and pictures.
+and pictures. The shipped model's tables are also put into the README, between its markers.
 """
 
 import argparse
@@ -384,6 +384,14 @@ def between(curve, x):
     return curve[-1][1]
 
 
+def insert_table(readme, name, lines):
+    """The README shows the tables of the shipped model between markers, so that none is copied by hand."""
+    if readme.exists():
+        text = readme.read_text()
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        readme.write_text(marked.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], text))
+
+
 EXPERIMENTS = {"rewards": draw_rewards, "algorithms": draw_algorithms, "generalisation": draw_generalisation,
                "overoptimisation": draw_overoptimisation, "fewer_steps": draw_fewer_steps}
 
@@ -416,6 +424,8 @@ def main(arguments=None):
             lines, numbers = EXPERIMENTS[name](logs, results, out, args.model)
             (results / f"{name}.md").write_text("\n".join(lines) + "\n")
             (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+            if not own:
+                insert_table(Path("README.md"), name, lines)
             print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
         if not complete:
             print(f"{name}: {len(logs)} of {len(runs)} runs are done; the same command goes on")

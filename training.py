@@ -209,9 +209,9 @@ def own(run, count):
     return torch.arange(run.rank * count // run.world, (run.rank + 1) * count // run.world)
 
 
-def stage(run, name, total):
+def stage(run, name, total, position=1):
     """A bar for a part of an epoch, below that of the epochs; gone when it is full."""
-    return tqdm(total=total, desc=f"  {name}", leave=False, position=1, disable=True if run.rank else None)  # None: unless on a terminal
+    return tqdm(total=total, desc=f"  {name}", leave=False, position=position, disable=True if run.rank else None)  # None: unless on a terminal
 
 
 def rollout(run, prompts, keys, bar=None, eta=None):
@@ -246,7 +246,7 @@ def collect(run, epoch):
     indices = own(run, config.images)
     batches, pending = [], []
     with stage(run, "sampling", len(indices.split(config.sample_batch)) * config.steps) as sampling, \
-            stage(run, "scoring", len(indices)) as scoring:
+            stage(run, "scoring", len(indices), position=2) as scoring:
         for index in indices.split(config.sample_batch):
             batch = rollout(run, [prompts[i] for i in index], [(config.seed, epoch, 1, i) for i in index.tolist()], sampling)
             task = functools.partial(score, run, batch.images, batch.prompts, scoring)

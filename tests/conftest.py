@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # as many workers as cores: more threads would only wait for each other
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
