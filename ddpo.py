@@ -55,7 +55,7 @@ class Config:
     name: str = ""  # of the run's folder (default: the reward)
     out: str = "runs"
     seed: int = 0
-    epochs: int = 12
+    epochs: int = 14  # at most: see guard
 
     # sampling
     images: int = 64  # an epoch, over all processes
@@ -76,27 +76,27 @@ class Config:
     algorithm: str = "is"  # is, sf
     updates: int = 0  # an epoch and inner epoch; 0: 4 for is, 1 for sf, which is only right on policy
     inner_epochs: int = 1  # passes over an epoch's pictures
-    timestep_fraction: float = 0.5  # of the steps of each picture that are trained on, drawn anew each epoch
-    drop_last: int = 0  # stochastic steps at the end that are not trained
+    drop_last: int = 10  # steps at the end that are not trained: the first ones decide what is where, these only how sharp it is
+    timestep_fraction: float = 1.0  # of the other steps of each picture that are trained on, drawn anew each epoch
     step_weights: str = "none"  # equal: takes out of each step's gradient that some speak louder than others, see step_weights
     train_batch: int = 32  # (picture, step) pairs through the UNet at once: memory, not mathematics
     train_guidance: bool = True  # train the guided policy, which is the one that sampled
     clip_range: float = 1e-4  # for latents of 4x64x64; see clip_range_for
     lora_rank: int = 0  # 0: fine-tune the whole UNet, which on so small a one is both faster and kinder to the pictures
     lora_targets: str = "to_q,to_k,to_v,to_out.0"
-    lr: float = 0.0  # 0: 3e-3 for LoRA, 1.2e-4 for the whole UNet; on another model than the emoji's 3e-4 and 1e-5
+    lr: float = 0.0  # 0: 3e-3 for LoRA, 1e-4 for the whole UNet; on another model than the emoji's 3e-4 and 1e-5
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
     optimizer: str = "adamw"  # adamw, adamw8bit (needs bitsandbytes and a GPU)
 
     # staying near what the base model knows
     kl: float = 0.0  # weight of the divergence from the base model, see kl_loss
-    ema: float = 0.0  # 0.9: look at, and keep, weights averaged over about 10 updates
-    guard: float = 0.6  # how far a watched reward may fall, in standard deviations of the base model's pictures; 0: any depth
+    ema: float = 0.9  # look at, and keep, weights averaged over about 1 / (1 - ema) updates (0: the newest)
+    guard: float = 0.9  # how far a watched reward may fall, in standard deviations of the base model's pictures; 0: any depth
     patience: int = 2  # looks in a row beyond the guard that end the run
 
     # watching and keeping
-    eval_every: int = 6  # epochs between looks at fixed prompts and seeds (always before the first and after the last)
+    eval_every: int = 1  # epochs between looks at fixed prompts and seeds (always before the first and after the last)
     eval_images: int = 64  # two of a prompt
     eval_prompts: str = ""  # more sets to look at, such as "animals_held_out,objects"
     eval_deterministic: bool = False  # look at the training prompts without the sampler's noise, too
@@ -115,7 +115,7 @@ class Config:
 
 # The paper's settings (table 3 and app. D), with LoRA as in ddpo-pytorch; the shipped CLIP knows icons alone, so it cannot watch.
 PAPER = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", epochs=100, images=256, sample_batch=8, steps=50, guidance_scale=5.0,
-             advantages="prompt", group_size=1, timestep_fraction=1.0, train_batch=8, lora_rank=4, eval_every=10,
+             advantages="prompt", group_size=1, drop_last=0, ema=0.0, train_batch=8, lora_rank=4, eval_every=10,
              eval_images=16, checkpoint_every=5, watch="")
 SMALLER = PAPER | dict(steps=20, images=64, advantages="group", group_size=4, timestep_fraction=0.5, sample_batch=4)
 PRESETS = {
@@ -248,7 +248,7 @@ def check(config):
     config.dtype = config.dtype or ("fp32" if config.device == "mps" else "bf16")
     config.updates = config.updates or (4 if config.algorithm == "is" else 1)
     emoji = Path(config.model).name == "emoji"  # a thousandth of Stable Diffusion's size: it takes, and needs, larger steps
-    config.lr = config.lr or ((3e-3 if emoji else 3e-4) if config.lora_rank else (1.2e-4 if emoji else 1e-5))
+    config.lr = config.lr or ((3e-3 if emoji else 3e-4) if config.lora_rank else (1e-4 if emoji else 1e-5))
     config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward)
     if config.algorithm == "sf" and config.updates * config.inner_epochs > 1:
         refuse("updates" if config.updates > 1 else "inner_epochs", "sf is only right on policy, so 1; or choose --algorithm is")

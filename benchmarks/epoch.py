@@ -1,83 +1,255 @@
-"""Where an epoch's time goes, and what makes it shorter: the UNet's passes that sampling and updating consist of.
+"""Where an epoch's time goes, and what makes it shorter: whole epochs of ddpo.py under different settings, in turns.
 
-    python benchmarks/epoch.py                     prints a table, writes benchmarks/epoch.json (two minutes on two cores)
+    python benchmarks/epoch.py                    the emoji model, on a CPU: dtype and attention (four minutes on two cores)
+    python benchmarks/epoch.py --sd15             on a GPU, a model of Stable Diffusion 1.5's size with random weights (eight minutes)
+    python benchmarks/epoch.py --variant bf16 --variant "bf16, torch.compile" --set train_batch=8 --set images=16
+    python benchmarks/epoch.py --table            prints the recorded tables again
 
-Variants take turns, round after round, and each is compared with fp32 in the same round, so that a busy machine slows all of
-them alike. A sampling pass is one guided step of a batch without gradients; an update pass is the same with LoRA gradients.
+Each variant is a process of its own that trains as `python ddpo.py` would and does one epoch when it is its turn, while the others
+sleep. The first epoch is not counted (it compiles, captures graphs, fills caches). Each turn is compared with the first variant's turn
+of the same round, so that a busy machine slows all of them alike: medians of these ratios, with min and max. On a GPU also
+images a second and peak memory, as metrics.jsonl has them. Results go to benchmarks/epoch.json, a record for each model and device.
 """
 
 import argparse
 import json
 import platform
+import shlex
 import statistics
+import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
-import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+ATTENTION = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor"}  # scaled_dot_product_attention; matrix products and a softmax
 
-from ddpo import Config, make_trainable
-from sample import encode_prompts, load_pipeline, predict
-
-VARIANTS = {  # name: (dtype, attention)
-    "fp32, scaled_dot_product_attention": (torch.float32, AttnProcessor2_0),
-    "bf16, scaled_dot_product_attention": (torch.bfloat16, AttnProcessor2_0),
-    "fp32, plain matrix products": (torch.float32, AttnProcessor),
-    "bf16, plain matrix products": (torch.bfloat16, AttnProcessor),  # what sample.load_pipeline chooses on a CPU
+CPU_VARIANTS = {  # name: settings of ddpo.Config, and "attention"; each row is compared with the first
+    "fp32, scaled_dot_product_attention": dict(dtype="fp32", attention="sdpa"),
+    "bf16, scaled_dot_product_attention": dict(dtype="bf16", attention="sdpa"),
+    "fp32, plain matrix products": dict(dtype="fp32", attention="plain"),
+    "bf16, plain matrix products": dict(dtype="bf16", attention="plain"),  # what sample.load_pipeline chooses on a CPU
 }
+GPU_VARIANTS = {
+    "fp32": dict(dtype="fp32"),  # its matrix products in TF32, see ddpo.py
+    "fp16": dict(dtype="fp16"),
+    "bf16": dict(dtype="bf16"),
+    "bf16, plain matrix products": dict(dtype="bf16", attention="plain"),
+    "bf16, CUDA graph": dict(dtype="bf16", cuda_graph=True),
+    "bf16, torch.compile": dict(dtype="bf16", compile=True),
+    "bf16, train batch 1": dict(dtype="bf16", train_batch=1),
+    "bf16, gradient checkpointing": dict(dtype="bf16", gradient_checkpointing=True),
+    "bf16, train batch 1, gradient checkpointing, offload": dict(dtype="bf16", train_batch=1, gradient_checkpointing=True, offload=True),
+}
+EMOJI = dict(model="models/emoji", images=32, sample_batch=32, train_batch=32, steps=5, guidance_scale=4.0)
+SD15 = dict(images=8, sample_batch=4, train_batch=4, steps=10, guidance_scale=5.0, lora_rank=4)
+EQUAL = dict(reward="compress", watch="", prompts="animals", advantages="batch", updates=1, timestep_fraction=1.0, tracker="none",
+             epochs=10**6, eval_every=10**6, checkpoint_every=10**6)  # epochs and nothing else, until told to end
 
 
-def passes(pipeline, config, dtype):
-    """Seconds of one sampling pass and of one update pass."""
-    latents = torch.randn(config.sample_batch, 4, 16, 16, device=pipeline.device)
-    timesteps = torch.randint(0, 1000, (config.sample_batch,), device=pipeline.device)
-    embeds, negative = encode_prompts(pipeline, ["a cat"] * config.sample_batch), encode_prompts(pipeline, [""])
-    seconds = []
-    for grad in (False, True):
-        clock = time.perf_counter()
-        with torch.set_grad_enabled(grad):
-            output = predict(pipeline.unet, latents, timesteps, embeds, negative, dtype)
-            if grad:
-                output.float().square().mean().backward()
-        if pipeline.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - clock)
-    return seconds
+def count_rows(rows):
+    """A hook that counts what goes through any UNet: rows[False] without gradients, rows[True] with. The work of both sides of
+    a comparison is what this says, not what their settings seem to say."""
+    import torch
+
+    def count(module, inputs, output):
+        if type(module).__name__ == "UNet2DConditionModel":
+            rows[torch.is_grad_enabled()] += len(output[0])
+
+    return torch.nn.modules.module.register_module_forward_hook(count)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/epoch.json"))
-    args = parser.parse_args()
-    config = Config()
-    pipeline = load_pipeline(config.model)
-    make_trainable(pipeline.unet, config)
-    times = {name: [] for name in VARIANTS}
-    for round_ in range(args.rounds + 1):
-        for name, (dtype, attention) in VARIANTS.items():
-            pipeline.unet.set_attn_processor(attention())
-            seconds = passes(pipeline, config, dtype)
-            if round_:  # the first round warms up
-                times[name].append(seconds)
-    reference, rows = times[next(iter(VARIANTS))], {}
-    for name, measured in times.items():
-        ratios = [[ref[i] / own[i] for ref, own in zip(reference, measured)] for i in (0, 1)]
-        rows[name] = {key: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-                      for key, values in zip(("sampling", "update"), ratios)}
-    record = {"command": "python benchmarks/epoch.py", "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-              "torch": torch.__version__, "batch": config.sample_batch, "rounds": args.rounds, "speed_relative_to_fp32": rows}
-    if pipeline.device.type == "cuda":
-        record["device"] = torch.cuda.get_device_name()
-    Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
-    print("| UNet in | sampling | update |\n| --- | --- | --- |")
+def worker(settings):
+    """Train as ddpo.py does; before each epoch wait for a line, after each print a line of JSON."""
+    import torch
+    from diffusers.models import attention_processor
+
+    import ddpo
+
+    attention, rows = settings.pop("attention", None), [0, 0]
+    hook = count_rows(rows)
+
+    def turn(row, epoch):  # ddpo.py calls a tracker between epochs, when no clock runs
+        if epoch:
+            print(json.dumps(row | {"rows_sample": rows[0], "rows_update": rows[1], "threads": torch.get_num_threads()}), flush=True)
+        if epoch == 1:
+            hook.remove()  # the epochs that count run without it
+        if not sys.stdin.readline():
+            sys.exit()  # nobody waits for another epoch
+        rows[:] = 0, 0
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # to the next variant's use
+            torch.cuda.reset_peak_memory_stats()
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = ddpo.Config(**EQUAL | settings, eval_images=settings["sample_batch"], out=folder)
+        run = ddpo.start(ddpo.check(config))
+        run.track = turn
+        if attention:
+            run.pipeline.unet.set_attn_processor(getattr(attention_processor, ATTENTION[attention])())
+        ddpo.fit(run)
+
+
+def launch(settings, python=sys.executable, script=__file__):
+    """A worker process, which loads its model and then waits."""
+    errors = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen([python, script, "--worker", json.dumps(settings)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=errors, text=True)
+    process.errors = errors
+    return process
+
+
+def epoch(process):
+    """One epoch of a worker: its row. Raises RuntimeError with the worker's last words if it cannot."""
+    try:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has died; why stands in its errors
+    for line in process.stdout:
+        if line.startswith("{"):  # other lines are for people
+            return json.loads(line)
+    process.errors.seek(0)
+    raise RuntimeError((process.errors.read().strip().splitlines() or ["it ended without a word"])[-1])
+
+
+def take_turns(workers, rounds):
+    """{name: [row of each round]}, and {name: row of the first epoch, which does not count}. A worker that dies (of memory, as a
+    rule) is reported, and the others go on."""
+    first, rows = {}, {}
+    for round_ in range(rounds + 1):
+        for name, process in list(workers.items()):
+            try:
+                row = epoch(process)
+            except RuntimeError as error:
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                workers.pop(name), first.pop(name, None), rows.pop(name, None)
+                continue
+            if round_ == 0:
+                first[name], rows[name] = row, []
+            else:
+                rows[name].append({key: value for key, value in row.items() if "second" in key or key == "peak_memory_gb"})
+            print(f"round {round_} of {rounds}, {name}: {row['seconds']:.2f} s", file=sys.stderr, flush=True)
+    for process in workers.values():
+        process.stdin.close()
+        process.wait()
+    return first, rows
+
+
+def spread(values):
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(reference, rows, key):
+    """How many times faster, round by round, than the reference in the same round."""
+    return spread([ref[key] / own[key] for ref, own in zip(reference, rows)])
+
+
+def machine():
+    """The device's name, and what else a timing depends on."""
+    import torch
+
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
+        if Path("/proc/cpuinfo").exists() else []
+    cpu = (names or [platform.processor() or platform.machine()])[0]
+    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu, "torch": torch.__version__}
+
+
+def versions(*packages):
+    from importlib.metadata import version
+
+    return {package: version(package) for package in packages}
+
+
+def record_as(path, name, record):
+    """Put the record under its name into a file that holds others, too."""
+    records = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    Path(path).write_text(json.dumps(records | {name: record}, indent=1) + "\n")
+
+
+def summarise(rows, images):
+    """{variant: what the table shows}."""
+    reference = rows[next(iter(rows))]
+    table = {}
+    for name, own in rows.items():
+        table[name] = {"sampling": ratios(reference, own, "seconds_sample"), "update": ratios(reference, own, "seconds_update"),
+                       "epoch": ratios(reference, own, "seconds")}
+        if "peak_memory_gb" in own[0]:
+            table[name] |= {"images_per_second": {part: images / statistics.median(row[key] for row in own) for part, key in (
+                ("sampling", "seconds_sample"), ("update", "seconds_update"), ("epoch", "seconds"))},
+                "peak_memory_gb": max(row["peak_memory_gb"] for row in own)}
+    return table
+
+
+def table(record):
+    """The Markdown table of a record: ratios everywhere, absolute figures where they mean something to others, on a GPU."""
+    rows = record["summary"]
+    parts = ("sampling", "update", "epoch")
+    absolute = "peak_memory_gb" in next(iter(rows.values()))
+    lines = ["| variant | " + " | ".join(f"{part}, images/s" if absolute else part for part in parts) + (" | peak GB |" if absolute else " |")]
+    lines.append("| --- " * (lines[0].count("|") - 1) + "|")
     for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{row[key]['median']:.2f}x ({row[key]['min']:.2f} to {row[key]['max']:.2f})" for key in row) + " |")
+        cells = [f"{row[part]['median']:.2f}x ({row[part]['min']:.2f} to {row[part]['max']:.2f})" for part in parts]
+        if absolute:
+            cells = [f"{row['images_per_second'][part]:.2f}, {cell}" for part, cell in zip(parts, cells)] + [f"{row['peak_memory_gb']:.1f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def setting(text):
+    """key=value, the value a number where it looks like one."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value.lower())
+    except json.JSONDecodeError:
+        return key, value
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder in diffusers' layout, or a hub id (default: models/emoji)")
+    parser.add_argument("--sd15", action="store_true", help="a model of SD 1.5's size with random weights, made in runs/sd15-random")
+    parser.add_argument("--rounds", type=int, help="turns of each variant that count (default: 8 on a CPU, 3 on a GPU)")
+    parser.add_argument("--variant", action="append", help="only this one; may be repeated")
+    parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE", help="a setting of ddpo.Config for all")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks/epoch.json"))
+    parser.add_argument("--table", action="store_true", help="only print what --out holds")
+    args = parser.parse_args(arguments)
+    if args.table:
+        for name, record in json.loads(Path(args.out).read_text()).items():
+            print(f"{name}\n\n{table(record)}\n")
+        return
+
+    import torch
+
+    variants = GPU_VARIANTS if torch.cuda.is_available() else CPU_VARIANTS
+    for name in args.variant or []:
+        if name not in variants:
+            parser.exit(2, f"--variant {name}: unknown; choose {'; '.join(variants)}\n")
+    settings = EMOJI
+    if args.sd15 or args.model:
+        from benchmarks.sd15 import build
+
+        settings = SD15 | {"model": args.model or str(build(ROOT / "runs/sd15-random"))}
+    settings = settings | dict(args.set)
+    workers = {name: launch(settings | variant) for name, variant in variants.items() if name in (args.variant or variants)}
+    first, rows = take_turns(workers, args.rounds or (3 if torch.cuda.is_available() else 8))
+    if not rows:
+        sys.exit("no variant could run")
+    work = {name: [row["rows_sample"], row["rows_update"]] for name, row in first.items()}
+    record = machine() | {"command": shlex.join(["python", "benchmarks/epoch.py", *(sys.argv[1:] if arguments is None else arguments)]),
+                          "threads": next(iter(first.values()))["threads"], "versions": versions("diffusers", "transformers", "peft"),
+                          "settings": settings, "unet_rows_forward_in_sampling_and_update": work,
+                          "summary": summarise(rows, settings["images"]), "rounds": rows}
+    name = "SD 1.5's size, random weights" if args.sd15 else settings["model"]
+    record_as(args.out, f"{name}, {record['device']}", record)
+    print(table(record))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--worker"]:
+        worker(json.loads(sys.argv[2]))
+    else:
+        main()

@@ -1,0 +1,183 @@
+"""The same work through TRL's DDPOTrainer (0.23.1, the last release that has it), side by side with ddpo.py, epochs in turns.
+
+TRL needs older libraries, so it has an environment of its own (on a GPU leave the second line out):
+
+    python3 -m venv trl-env
+    trl-env/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
+    trl-env/bin/pip install "trl==0.23.1" "diffusers<0.36" "transformers<5" "datasets<5" peft
+
+    python benchmarks/peer_trl.py --trl-python trl-env/bin/python            the emoji model (seven minutes on two CPU cores)
+    python benchmarks/peer_trl.py --trl-python trl-env/bin/python --sd15     a model of Stable Diffusion 1.5's size, on a GPU
+    python benchmarks/peer_trl.py --table                                    prints the recorded tables again
+
+The same on both sides: model folder, images an epoch, steps, guidance in sampling and in training, every step trained, updates an
+epoch, LoRA (rank 4 on to_q, to_k, to_v, to_out.0, which is what TRL has built in), AdamW, learning rate, precision, threads, images
+denoised at once, (picture, step) pairs through the UNet at once (so twice as many rows, with guidance), reward (the JPEG size of
+rewards.py), advantages over the batch; nothing logged or saved while the clock runs. Each side says what went through its UNet, with
+gradients and without; if that differs, there is no comparison. Everything else is each side's default. The first epoch is not counted.
+
+What remains different, on purpose: it is what is compared.
+- ddpo.py draws its pairs from all steps of all pictures of an update; TRL takes train_batch pictures and goes through their steps.
+- ddpo.py keeps latents and log-probabilities in float32, its VAE too; with bf16 or fp16 TRL has them, and the VAE, in that.
+- LoRA in bf16 or fp16: both have float32 adapters on frozen half-precision weights, under autocast in the UNet.
+- Attention on a CPU: ddpo.py uses plain matrix products, TRL (diffusers' default) scaled_dot_product_attention. On a GPU both use the latter.
+- A GPU: ddpo.py has its convolutions in channels_last, fused kernels for the policy's step and loss, and rewards that are
+  computed while the next batch is sampled; TRL waits for the GPU at each step, to look ᾱ up in a table on the CPU.
+- ddpo.py encodes a prompt once a run, TRL once a picture. ddpo.py draws each picture's noise from a generator of its own.
+- The versions of diffusers, transformers and peft; they are in the record.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import shlex
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
+
+from benchmarks.epoch import count_rows, launch, machine, ratios, record_as, setting, take_turns, versions
+from benchmarks.epoch import __file__ as OUR_WORKER
+
+EMOJI = dict(model="models/emoji", images=64, sample_batch=32, train_batch=16, updates=4, steps=20, guidance_scale=4.0)
+SD15 = dict(images=16, sample_batch=8, train_batch=4, updates=2, steps=10, guidance_scale=5.0)
+EQUAL = dict(lora_rank=4, lr=3e-4, seed=0)  # in TRL the rank is a constant
+PARTS = {"sampling": "seconds_sample", "update": "seconds_update", "epoch": "seconds"}
+
+
+def trl_worker(settings):
+    """Train as TRL does; before each epoch wait for a line, after each print a line of JSON. Runs in TRL's environment."""
+    import torch
+    from accelerate import PartialState
+    from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+    from prompts import load_prompts
+    from rewards import get_reward
+
+    PartialState(cpu=not torch.cuda.is_available())  # TRL writes to accelerate's log before it has made this, which accelerate refuses
+    pictures = settings["images"] // settings["updates"]  # of an update
+    config = DDPOConfig(
+        mixed_precision={"fp32": "no"}.get(settings["dtype"], settings["dtype"]), seed=settings["seed"],
+        sample_num_steps=settings["steps"], sample_guidance_scale=settings["guidance_scale"], sample_batch_size=settings["sample_batch"],
+        sample_num_batches_per_epoch=settings["images"] // settings["sample_batch"], train_batch_size=settings["train_batch"],
+        train_gradient_accumulation_steps=pictures // settings["train_batch"], train_learning_rate=settings["lr"],
+        save_freq=10**9, accelerator_kwargs={"cpu": not torch.cuda.is_available()})  # fmt: skip
+    prompts, reward = load_prompts("animals"), get_reward("compress")
+    trainer = DDPOTrainer(
+        config, lambda images, texts, _: (reward((images.float() * 255).round().byte(), list(texts)), {}),
+        lambda: (random.choice(prompts), {}), DefaultDDPOStableDiffusionPipeline(settings["model"], use_lora=True))  # fmt: skip
+    trainer.sd_pipeline.set_progress_bar_config(disable=True)  # TRL draws a bar of the steps
+
+    seconds, rows = {}, [0, 0]
+    for key, method in (("seconds_sample", "_generate_samples"), ("seconds_reward", "compute_rewards"), ("seconds_update", "_train_batched_samples")):
+        setattr(trainer, method, timed(getattr(trainer, method), key, seconds))
+    hook, step, global_step = count_rows(rows), timed(trainer.step, "seconds", seconds), 0
+    for epoch in itertools.count(1):
+        if not sys.stdin.readline():
+            return  # nobody waits for another epoch
+        rows[:] = 0, 0
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # to the other side's use
+            torch.cuda.reset_peak_memory_stats()
+        global_step = step(epoch, global_step)
+        row = seconds | {"rows_sample": rows[0], "rows_update": rows[1], "threads": torch.get_num_threads()}
+        if torch.cuda.is_available():
+            row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if epoch == 1:
+            hook.remove()  # the epochs that count run without it
+            row["versions"] = versions("torch", "trl", "diffusers", "transformers", "peft", "accelerate")
+        print(json.dumps(row), flush=True)
+
+
+def timed(function, key, seconds):
+    """The function, which then leaves its wall time in seconds[key]."""
+    import torch
+
+    def timed_function(*args, **kwargs):
+        clock = time.perf_counter()
+        result = function(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds[key] = time.perf_counter() - clock
+        return result
+
+    return timed_function
+
+
+def summarise(rows, images):
+    """Ours over TRL's speed, round by round; images a second; peak memory."""
+    from statistics import median
+
+    summary = {"ours_over_trl": {part: ratios(rows["TRL"], rows["ours"], key) for part, key in PARTS.items()}}
+    summary["images_per_second"] = {side: {part: images / median(row[key] for row in own) for part, key in PARTS.items()}
+                                    for side, own in rows.items()}
+    if "peak_memory_gb" in rows["ours"][0]:
+        summary["peak_memory_gb"] = {side: max(row["peak_memory_gb"] for row in own) for side, own in rows.items()}
+    return summary
+
+
+def table(record):
+    summary, memory = record["summary"], record["summary"].get("peak_memory_gb")
+    lines = ["| | " + " | ".join(PARTS) + " |" + (" peak GB |" if memory else ""), "| --- " * (len(PARTS) + 1 + bool(memory)) + "|"]
+    for side in ("TRL", "ours"):
+        cells = [f"{value:.2f}" for value in summary["images_per_second"][side].values()] + ([f"{memory[side]:.1f}"] if memory else [])
+        lines.append(f"| {side}, images/s | " + " | ".join(cells) + " |")
+    cells = [f"{row['median']:.2f}x ({row['min']:.2f} to {row['max']:.2f})" for row in summary["ours_over_trl"].values()]
+    lines.append("| ours over TRL | " + " | ".join(cells + ([f"{memory['ours'] / memory['TRL']:.2f}x"] if memory else [])) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", help="the interpreter of TRL's environment, see above")
+    parser.add_argument("--model", help="a folder in diffusers' layout (default: models/emoji)")
+    parser.add_argument("--sd15", action="store_true", help="a model of SD 1.5's size with random weights, made in runs/sd15-random")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each side that count")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of both sides (default: bf16 on a GPU, else fp32)")
+    parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE",
+                        help="of both sides: images, sample_batch, train_batch, updates, steps, guidance_scale, lr, seed")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks/peer_trl.json"))
+    parser.add_argument("--table", action="store_true", help="only print what --out holds")
+    args = parser.parse_args(arguments)
+    if args.table:
+        for name, record in json.loads(Path(args.out).read_text()).items():
+            print(f"{name}\n\n{table(record)}\n")
+        return
+    if not args.trl_python:
+        parser.exit(2, "--trl-python: give the interpreter of an environment with TRL 0.23.1; --help says how to make one\n")
+
+    import torch
+
+    settings = dict(EMOJI, model=str(ROOT / "models/emoji"))
+    if args.sd15 or args.model:
+        from benchmarks.sd15 import build
+
+        settings = SD15 | {"model": args.model or str(build(ROOT / "runs/sd15-random"))}
+    settings |= EQUAL | {"dtype": args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")} | dict(args.set)
+    if settings["images"] % settings["sample_batch"] or settings["images"] % (settings["updates"] * settings["train_batch"]):
+        parser.exit(2, "--set images: must be a multiple of sample_batch, and of updates x train_batch\n")
+    first, rows = take_turns({"ours": launch(settings, script=OUR_WORKER), "TRL": launch(settings, args.trl_python, __file__)}, args.rounds)
+    if len(rows) < 2:
+        sys.exit("one side could not run")
+    work = {side: {key: first[side][key] for key in ("rows_sample", "rows_update", "threads")} for side in first}
+    print(f"UNet rows an epoch and threads: {work}")
+    if work["ours"] != work["TRL"]:
+        sys.exit("the two sides did not do the same work: no comparison")
+    settings["model"] = "models/emoji" if not (args.sd15 or args.model) else args.model or "SD 1.5's size, random weights"
+    words = ["trl-env/bin/python" if word == args.trl_python else word for word in (sys.argv[1:] if arguments is None else arguments)]
+    record = machine() | {
+        "command": shlex.join(["python", "benchmarks/peer_trl.py", *words]),  # with the environment's name in this file
+        "versions": {"ours": versions("torch", "diffusers", "transformers", "peft"), "TRL": first["TRL"]["versions"]},
+        "settings": settings, "work": work, "summary": summarise(rows, settings["images"]), "rounds": rows}  # fmt: skip
+    record_as(args.out, f"{settings['model']}, {settings['dtype']}, {record['device']}", record)
+    print(table(record))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        trl_worker(json.loads(sys.argv[2]))
+    else:
+        main()
