@@ -419,11 +419,11 @@ def fit(run):
     return run.folder
 
 
-def parse_config(arguments):
-    """(Config, resume) from the command line: the preset's values, then the flags that were given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_config(arguments, script=sys.modules[__name__]):
+    """(Config, resume) from the command line: the preset's values, then the flags that were given. script: whose Config and PRESETS."""
+    parser = argparse.ArgumentParser(description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only --epochs and --guard may be given beside it")
-    for field in fields(Config):
+    for field in fields(script.Config):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, "bool") else dict(type=type(field.default))
         parser.add_argument("--" + field.name.replace("_", "-"), default=None, help=f"(default {field.default!r})", **kind)
     parser.error = lambda message: parser.exit(2, f"{message}\n")  # one line, without argparse's page of usage
@@ -435,22 +435,23 @@ def parse_config(arguments):
         if not (run / "config.json").exists():
             raise ValueError(f"--resume {run}: no config.json in it; give the folder of a run, such as runs/compress")
         try:
-            config = Config(**json.loads((run / "config.json").read_text()) | given)
+            config = script.Config(**json.loads((run / "config.json").read_text()) | given)
         except (TypeError, json.JSONDecodeError):
             raise ValueError(f"--resume {run}: its config.json is not that of a run; give the folder of a run") from None
         config.out, config.name = os.path.relpath(run.parent), run.name
         return config, True
     preset = given.get("preset", "emoji" if given.get("model", "models/emoji") == "models/emoji" else "sd15")
-    if preset not in PRESETS:
-        raise ValueError(f"--preset {preset}: unknown; choose {', '.join(PRESETS)}")
-    settings = PRESETS[preset] | given | {"preset": preset}
+    if preset not in script.PRESETS:
+        raise ValueError(f"--preset {preset}: unknown; choose {', '.join(script.PRESETS)}")
+    settings = script.PRESETS[preset] | given | {"preset": preset}
     if preset != "emoji":
-        reward = settings.get("reward", Config.reward)
+        reward = settings.get("reward", script.Config.reward)
         settings.setdefault("prompts", PAPER_PROMPTS.get(reward.partition("=")[0], "animals"))
-    return Config(**settings), False
+    return script.Config(**settings), False
 
 
-def main(arguments=None):
+def main(arguments=None, script=sys.modules[__name__]):
+    """The command line of a script with a Config, PRESETS, check and fit of its own: this one, or rwr.py."""
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -458,19 +459,19 @@ def main(arguments=None):
     config = None
     try:
         try:
-            config, resume = parse_config(arguments)
-            run = start(check(config), resume)
+            config, resume = parse_config(arguments, script)
+            run = start(script.check(config), resume)
         except ValueError as error:  # settings, models and rewards that cannot work
             print(error, file=sys.stderr)
             sys.exit(2)
-        fit(run)
+        script.fit(run)
         if run.rank == 0:
             print(summary(run))
     except (RunStopped, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         folder = Path(config.out) / config.name if config else None
-        print(f"\nstopped; go on with: python ddpo.py --resume {folder}" if folder and folder.exists() else "\nstopped", file=sys.stderr, flush=True)
+        print(f"\nstopped; go on with: python {Path(script.__file__).name} --resume {folder}" if folder and folder.exists() else "\nstopped", file=sys.stderr, flush=True)
         os._exit(130)  # without waiting for a reward that is being computed: the disk already holds all that is needed
     finally:
         if dist.is_initialized():

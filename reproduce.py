@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ddpo import Config
 from evaluate import eval_prompts, guard
 from prompts import load_prompts
-from rewards import clip_top1, jpeg_kilobytes
+from rewards import clip_top1, get_reward
 from run_folder import read_metrics
 from sample import load_pipeline, picture_grid, sample_trajectories
 from training import seeded
@@ -39,17 +39,18 @@ HERE = Path(__file__).parent
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, two-sided 95 %, by number of seeds
 PROMPTS = {"clip": "--prompts animal_objects"}  # "a cat with a guitar": what alignment has to improve
 ALGORITHMS = {"DDPO-IS": "ddpo.py", "DDPO-SF": "ddpo.py --algorithm sf", "RWR": "rwr.py", "RWR-sparse": "rwr.py --weights sparse"}
-HELD_OUT = {"compress": "animals_held_out,objects", "clip": "animal_objects_held_out"}
+HELD_OUT = {"compress": ["animals", "animals_held_out", "objects"], "clip": ["animal_objects", "animal_objects_held_out"]}
 PREVENTIONS = {  # past the optimum: --patience 99 keeps the best look within the guard and goes on beyond it
     "none": "--reward compress",
-    "kl": "--reward compress --kl 3",
-    "ema": "--reward compress --ema 0.95",
+    "kl": "--reward compress --kl 0.05",
+    "ema": "--reward compress --ema 0.9",
     "mixture": "--reward compress:0.5,clip:1",
 }
 CHEAPER = {
-    "50 steps": "--steps 50", "20 steps": "", "10 steps": "--steps 10 --timestep-fraction 1", "all steps trained": "--timestep-fraction 1",
-    "a quarter trained": "--timestep-fraction 0.25", "last two dropped": "--drop-last 2", "equal weights": "--step-weights equal",
-    "window of 5": "--window 0:5 --timestep-fraction 1", "window of 10": "--window 0:10 --timestep-fraction 1",
+    "20 steps": "", "50 steps": "--steps 50 --drop-last 25 --timestep-fraction 0.4", "10 steps": "--steps 10 --drop-last 5",
+    "all trained": "--drop-last 0", "half at random": "--drop-last 0 --timestep-fraction 0.5", "last two dropped": "--drop-last 2 --timestep-fraction 0.55",
+    "equal weights": "--drop-last 0 --timestep-fraction 0.5 --step-weights equal", "window of 10": "--window 0:10 --drop-last 0",
+    "window of 5": "--window 0:5 --drop-last 0",
 }
 
 
@@ -58,20 +59,19 @@ def plan(experiment, seeds):
     runs = {}
     for seed in range(seeds):
         if experiment in ("rewards", "generalisation"):
-            for reward in ("compress", "clip", "incompress")[: 3 if experiment == "rewards" else 2]:
-                extra = f"--eval-prompts {HELD_OUT[reward]}" if reward in HELD_OUT else ""
-                runs[f"{reward}-{seed}"] = f"ddpo.py --reward {reward} --seed {seed} {PROMPTS.get(reward, '')} {extra}"
+            for reward in ("compress", "clip", "incompress") if experiment == "rewards" else HELD_OUT:
+                runs[f"{reward}-{seed}"] = f"ddpo.py --reward {reward} --seed {seed} {PROMPTS.get(reward, '')}"
         if experiment == "algorithms":
             for reward in ("compress", "incompress", "clip"):
                 for name, script in ALGORITHMS.items():
                     runs[f"{reward}-{name}-{seed}"] = (f"{script} --reward {reward} --seed {seed} {PROMPTS.get(reward, '')} --epochs 6 "
-                                                       "--guard 0 --eval-every 6")
+                                                       "--guard 0 --ema 0 --eval-every 6")
         if experiment == "overoptimisation":
             for name, flags in PREVENTIONS.items():
-                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --lr 2e-4 --epochs 12 --eval-every 2 --patience 99"
+                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --epochs 14 --eval-every 2 --patience 99 {'' if 'ema' in flags else '--ema 0'}"
         if experiment == "fewer_steps":
             for name, flags in CHEAPER.items():
-                runs[f"steps-{name.replace(' ', '-')}-{seed}"] = f"ddpo.py --reward compress --seed {seed} {flags} --epochs 6 --guard 0 --eval-every 2"
+                runs[f"steps-{name.replace(' ', '-')}-{seed}"] = f"ddpo.py --reward compress --seed {seed} {flags} --epochs 6 --guard 0 --ema 0 --eval-every 2"
     return {name: " ".join(command.split()) for name, command in runs.items()}
 
 
@@ -200,16 +200,14 @@ def pictures(model, weights, prompts, path, columns=10):
     picture_grid(rows, list(weights), chosen, cell=112).save(path)
 
 
-def strength_curve(model, folder, prompts, strengths=(0.25, 0.5, 0.75, 1.0)):
-    """[(strength, kB, top-1)] of a run's last weights, turned down towards the base model, on the pictures that looks use."""
-    chosen, candidates = eval_prompts(prompts, 64), load_prompts("animals") + load_prompts("animals_held_out")
-    points = []
-    for strength in strengths:
-        pipeline = load_pipeline(model, lora=folder, lora_scale=strength)
-        images = torch.cat([sample_trajectories(pipeline, chosen[i:i + 32], 20, 4.0, generator=[
-            seeded(0, 0, j, device=pipeline.device) for j in range(i, i + 32)]).images for i in (0, 32)])
-        points.append((strength, jpeg_kilobytes(images).mean().item(), clip_top1(images, chosen, candidates).float().mean().item()))
-    return points
+def look_at(model, folder, prompts, strength=1.0):
+    """The fixed pictures of evaluate.look, for a run's weights (None: the base model): means of {compress, clip, clip_top1}."""
+    chosen, pipeline = eval_prompts(prompts, 64), load_pipeline(model, lora=folder, lora_scale=strength)
+    candidates = list(dict.fromkeys(chosen + load_prompts("animals") + load_prompts("animals_held_out")))
+    images = torch.cat([sample_trajectories(pipeline, chosen[i:i + 32], 20, 4.0, generator=[
+        seeded(0, 0, j, device=pipeline.device) for j in range(i, i + 32)]).images for i in (0, 32)])
+    means = {name: get_reward(name)(images, chosen).mean().item() for name in ("compress", "clip")}
+    return means | {"clip_top1": clip_top1(images, chosen, candidates).float().mean().item()}
 
 
 def draw_rewards(runs, results, out, model):
@@ -222,7 +220,7 @@ def draw_rewards(runs, results, out, model):
         cosine = [look.get("eval_clip", look["eval_reward"]) for look in (first, last)]
         top1 = [look["eval_clip_top1"] for look in (first, last)]
         change = f"{size[0]:.2f} → {size[1]:.2f} | {size[1] / size[0] - 1:+.0%}" if size[0] else " | "
-        lines.append(f"| `{plan('rewards', 9)[name].split(' --eval')[0]}` | {last['epoch']} of {rows[-1]['epoch']} | {change} | "
+        lines.append(f"| `{plan('rewards', 9)[name].removeprefix('ddpo.py ')}` | {last['epoch']} of {rows[-1]['epoch']} | {change} | "
                      f"{cosine[0]:.3f} → {cosine[1]:.3f} | {top1[0]:.2f} → {top1[1]:.2f} |")
         numbers[name] = {"first": first, "kept": last, "seconds": sum(row.get("seconds", 0) + row.get("seconds_eval", 0) for row in rows)}
     figure, (size, recognised, cosine) = plots(3)
@@ -275,20 +273,30 @@ def draw_algorithms(runs, results, out, model):
 
 
 def draw_generalisation(runs, results, out, model):
-    rewards = [reward for reward in HELD_OUT if seeds_of(runs, reward)]
-    figure, axes = plots(len(rewards))
+    """From the kept weights, where they are there, or else from the numbers that were taken of them before."""
+    path = results / "logs" / "held_out.json"
+    seen = json.loads(path.read_text()) if path.exists() else {}
+    for reward, sets in HELD_OUT.items():
+        trained = {run: out / run for run in runs if run.startswith(reward + "-") and (out / run / "unet").exists()}
+        for run, folder in ({"base": None} | trained if trained else {}).items():
+            for name in sets:
+                if f"{run} {name}" not in seen:
+                    seen[f"{run} {name}"] = look_at(model, folder, load_prompts(name))
+    path.write_text(json.dumps(seen, indent=1) + "\n")
+    figure, axes = plots(len(HELD_OUT))
     lines, numbers = ["| reward | prompts | before | after | change |", "| --- | --- | --- | --- | --- |"], {}
-    for axis, reward in zip(axes, rewards):
-        names = [name for name in runs if re.fullmatch(rf"{reward}-\\d+", name)] or [name for name in runs if name.startswith(reward + "-")]
-        sets = {"trained": "eval"} | {name: f"eval_{name}" for name in HELD_OUT[reward].split(",")}
-        for i, (label, view) in enumerate(sets.items()):
-            pairs = [[look[f"{view}_reward"] for look in kept(name, results / "logs")] for name in names]
-            change, half = interval((after - before) / abs(before) for before, after in pairs)
-            before, after = (statistics.mean(values) for values in zip(*pairs))
+    for axis, (reward, sets) in zip(axes, HELD_OUT.items()):
+        for i, name in enumerate(sets):
+            before = seen[f"base {name}"][reward]
+            after = [values[reward] for key, values in seen.items() if re.fullmatch(rf"{reward}-\d+ {name}", key)]
+            if not after:
+                continue
+            change, half = interval((value - before) / abs(before) for value in after)
             axis.bar(i, 100 * change, yerr=100 * half, capsize=4, color=f"C{i}")
-            lines.append(f"| {reward} | {label.replace('_', ' ')} | {before:.3f} | {after:.3f} | {change:+.1%} ± {half:.1%} |")
-            numbers[f"{reward} {label}"] = {"change": change, "half_width_95": half, "seeds": len(pairs)}
-        axis.set(title=f"{reward}: change of the reward (%)", xticks=range(len(sets)), xticklabels=[label.replace("_", "\n") for label in sets])
+            label = f"{name.replace('_', ' ')}{' (trained on)' if i == 0 else ''}"
+            lines.append(f"| {reward} | {label} | {before:.3f} | {statistics.mean(after):.3f} | {change:+.1%} ± {half:.1%} |")
+            numbers[f"{reward} {name}"] = {"before": before, "after": after, "change": change, "half_width_95": half}
+        axis.set(title=f"{reward}: change of the reward (%)", xticks=range(len(sets)), xticklabels=[name.replace("_", "\n") for name in sets])
     save_figure(figure, results / "generalisation.png")
     return lines, numbers
 
@@ -334,8 +342,10 @@ def draw_overoptimisation(runs, results, out, model):
         pictures(model, rows, load_prompts("animals"), results / "overoptimisation_pictures.png")
         strengths = {f"strength {s:g}": (rows["none"], s) for s in (0.25, 0.5, 0.75, 1.0)}
         pictures(model, {"before": None} | strengths, load_prompts("animals"), results / "strength.png")
-        numbers["strength"] = strength_curve(model, rows["none"], load_prompts("animals"))
-        axes[-1].plot(*zip(*[point[1:] for point in numbers["strength"]]), "x--", color="gray", label="none, at strength 0.25 to 1 (seed 0)")
+        turned_down = [look_at(model, rows["none"], load_prompts("animals"), s) | {"strength": s} for s in (0.25, 0.5, 0.75, 1.0)]
+        numbers["strength"] = turned_down
+        axes[-1].plot([-point["compress"] for point in turned_down], [point["clip_top1"] for point in turned_down], "x--", color="gray",
+                      label="none, at strength 0.25 to 1 (seed 0)")
     axes[-1].legend(fontsize=7)
     save_figure(figure, results / "overoptimisation.png")
     return lines, numbers

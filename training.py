@@ -230,7 +230,7 @@ def score(run, images, prompts, bar=None):
         if error.image is not None and not bad.exists():  # the first one is what the message is about
             picture_grid([error.image[None]]).save(bad)
             message += f"; the image is {bad}"
-        raise RunStopped(f"{message}; after mending it: python ddpo.py --resume {run.folder}") from None
+        raise RunStopped(f"{message}; after mending it, go on with --resume {run.folder}") from None
     if bar is not None:
         bar.update(len(images))
     return values

@@ -1,0 +1,216 @@
+"""RWR: reward-weighted regression on the model's own pictures, the baseline of the DDPO paper (arXiv 2305.13301, sec. 4.2).
+
+    python rwr.py --reward compress                       every picture counts, good ones more
+    python rwr.py --reward compress --weights sparse      only the best count
+    python rwr.py --resume runs/compress-rwr
+
+Supervised learning with a twist: sample pictures, weigh each by its reward, and train on them as on any data set, with the
+ordinary denoising loss. Then sample anew from the better model.
+
+    RWR          w = exp(β r) / Z(c)                        Z: so that the mean weight is 1
+    RWR-sparse   w = 1 / top where r is in the top 10 %, else 0
+    loss         E[ w(x_0, c) ‖ε − ε̂_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t, c)‖² ],   t uniform, ε normal
+
+To maximise E[w log p(x_0 | c)] would be right, but a diffusion model does not know log p(x_0 | c): the loss stands in for it, being
+a bound. DDPO needs no such thing, since it takes the steps, whose likelihoods are known, for the actions (`ddpo.py`).
+
+`--beta 0` is the control: all weights are 1, the reward has no say, and the pictures change all the same. A guided prediction is not
+the denoiser of the pictures that it draws, so fitting it to them moves it: the emoji model's wash out and become smaller files
+(with --no-train-guidance larger ones). What the reward adds is the difference to the control, on `incompress` no less than on `compress`.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from tqdm import tqdm
+
+import ddpo
+from evaluate import guard, look
+from kernels.ddim_step import guided
+from sample import encode_prompts, predict
+from training import apply_gradients, collect, gather, keep, log, own, reduce, reward_row, seeded, stage, start, watched
+
+
+@dataclass
+class Config(ddpo.Config):
+    """ddpo.py's settings, and what differs: an epoch makes updates · inner_epochs updates of images / updates pictures each."""
+
+    weights: str = "exp"  # exp (RWR), sparse (RWR-sparse)
+    beta: float = 2.0  # in exp(β r): 1/temperature, with r in standard deviations, see `weigh`
+    top: float = 0.1  # share of the pictures that RWR-sparse trains on
+    per_prompt: bool = True  # weigh each picture among those of its prompt, instead of among all of the epoch
+    updates: int = 1  # an inner epoch
+    inner_epochs: int = 10  # passes over the pictures, with new t and ε each time: as many UNet rows as ddpo.py's 10 steps a picture
+    lr: float = 0.0  # 0: ddpo.py's, but a quarter of it on the emoji model, whose pictures wash out above
+
+    # What only a policy gradient has. ClassVar: no fields, so no flags either.
+    algorithm: ClassVar = "is"
+    advantages: ClassVar = "batch"
+    buffer_size: ClassVar = 32
+    min_count: ClassVar = 16
+    advantage_clip: ClassVar = 5.0
+    timestep_fraction: ClassVar = 1.0
+    drop_last: ClassVar = 0
+    step_weights: ClassVar = "none"
+    clip_range: ClassVar = 1e-4
+    kl: ClassVar = 0.0
+
+
+# The paper: 10k pictures an iteration, 400 updates of 128. Here a tenth of the pictures, in groups, since weights compare those of a prompt.
+PRESETS = {name: {key: value for key, value in preset.items() if key in {field.name for field in fields(Config)}} |
+           (dict(images=1024, updates=8, inner_epochs=5, group_size=4, epochs=20, eval_every=2, checkpoint_every=1) if preset else {})
+           for name, preset in ddpo.PRESETS.items()}
+
+
+def exp_weights(rewards, beta):
+    """(n,) exp(β r) / Z, of mean 1. β = 0: all count alike; β → ∞: the best alone."""
+    return len(rewards) * torch.softmax(beta * rewards, 0)
+
+
+def sparse_weights(rewards, top):
+    """(n,) the same for each of the best, as many as `top` says and those that tie with the last of them; 0 for the others. Mean 1."""
+    count = max(1, round(top * len(rewards)))
+    best = (rewards >= rewards.topk(count).values[-1]).to(rewards.dtype)
+    return best / best.mean()
+
+
+def weigh(rewards, prompts, config):
+    """(n,) weights of mean 1: over the epoch's pictures, or over those of each prompt.
+
+    β multiplies rewards in units of their standard deviation, over the epoch and, per prompt, around each prompt's mean. The
+    paper's β = 0.2 multiplied them as they are: with kilobytes of a 512-pixel JPEG a picture that is 10 kB smaller weighs e² as
+    much, with aesthetic points nearly all weigh the same.
+    """
+    groups = [torch.arange(len(prompts))]
+    if config.per_prompt:
+        groups = [torch.tensor([i for i, other in enumerate(prompts) if other == prompt]) for prompt in dict.fromkeys(prompts)]
+    rewards, weights = rewards.clone(), torch.empty_like(rewards)
+    for group in groups:
+        rewards[group] -= rewards[group].mean()
+    rewards /= rewards.std(correction=0) + 1e-6
+    for group in groups:
+        weights[group] = exp_weights(rewards[group], config.beta) if config.weights == "exp" else sparse_weights(rewards[group], config.top)
+    return weights
+
+
+def denoising_loss(pipeline, clean, noise, timesteps, prompt_embeds, negative_embeds=None, guidance_scale=None, dtype=torch.float32):
+    """(B,) mean_D ‖target − guided prediction‖², what every diffusion model is trained on. clean: x_0, (B, C, H, W); timesteps: (B,)."""
+    alpha_bar = pipeline.scheduler.alphas_cumprod.to(clean.device)[timesteps].view(-1, 1, 1, 1)  # ᾱ_t
+    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    targets = {"epsilon": noise, "v_prediction": signal * noise - sigma * clean, "sample": clean}
+    output = predict(pipeline.unet, signal * clean + sigma * noise, timesteps, prompt_embeds, negative_embeds, dtype)
+    error = guided(output, guidance_scale) - targets[pipeline.scheduler.config.prediction_type]
+    return error.square().flatten(1).mean(1)
+
+
+def check(config):
+    """As ddpo.check: fill in what follows from other settings, refuse what cannot work."""
+    def refuse(setting, advice):
+        raise ValueError(f"--{setting.replace('_', '-')} {getattr(config, setting)}: {advice}")
+
+    if config.weights not in ("exp", "sparse"):
+        refuse("weights", "unknown; choose exp, sparse")
+    if not config.beta >= 0:
+        refuse("beta", "must not be negative")
+    if not 0 < config.top <= 1:
+        refuse("top", "must be above 0 and at most 1")
+    if config.per_prompt and config.group_size == 1:
+        refuse("group_size", "a picture that is alone with its prompt always weighs 1; choose at least 2, or --no-per-prompt")
+    suffix = "" if config.name else "-rwr-sparse" if config.weights == "sparse" else "-rwr"  # beside ddpo.py's runs
+    slower = 4 if config.lr == 0 and Path(config.model).name == "emoji" else 1
+    config = ddpo.check(config)
+    config.name += suffix
+    config.lr /= slower
+    return config
+
+
+def train(config, resume=False):
+    """As ddpo.train: the run's folder."""
+    return fit(start(check(config), resume))
+
+
+def fit(run):
+    """The loop: sample, reward, weights, update, log."""
+    config, device, pipeline = run.config, run.device, run.pipeline
+    pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
+    updates = config.updates * config.inner_epochs  # an epoch
+    guidance = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
+    total = pipeline.scheduler.config.num_train_timesteps
+
+    if run.rank == 0:
+        print(f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, {updates} updates of {pairs} "
+              f"(picture, t, ε) each; {sum(p.numel() for p in run.parameters) / 1e6:.2f} M parameters at lr {config.lr:g}, {config.dtype}", flush=True)
+    if run.epoch == 0:
+        log(run, {"epoch": 0, "images": 0} | look(run, 0))
+    best, stop = guard(run.rows, config)
+    bar = tqdm(total=config.epochs, initial=run.epoch, desc=config.name, unit="epoch", disable=run.rank > 0)
+    while run.epoch < config.epochs and not stop:
+        epoch, clock = run.epoch + 1, time.perf_counter()
+
+        # 1. sample, 2. reward
+        prompts, walks, scores, (seconds_sample, seconds_reward) = collect(run, epoch)
+        clean = torch.cat(gather([walks.latents[:, -1].cpu().clone()]))  # (images, C, H, W): x_0 of all processes
+        del walks  # how the pictures came about is of no use here
+
+        # 3. weights: each part of a mixture in its own units
+        rewards = sum(weight * ddpo.batch_advantages(scores[name]) for name, weight in run.parts.items())
+        weights = weigh(rewards, prompts, config)
+        chosen = weights.nonzero().flatten()  # no pass through the network for what counts nothing
+        share = len(chosen) / len(weights)
+
+        # 4. update
+        negative_embeds = encode_prompts(pipeline, [""], run.known) if guidance else None
+        losses, grad_norms = torch.zeros((), device=device), []
+        updating = stage(run, "updating", updates * len(own(run, pairs)))
+        for inner in range(config.inner_epochs):
+            order = chosen[torch.randperm(len(chosen), generator=seeded(config.seed, epoch, 2, inner))]
+            order = order.repeat(-(-config.images // len(chosen)))[:config.images]  # as many pairs, whatever the weights
+            for update, picture in enumerate(order.split(pairs)):
+                generator = seeded(config.seed, epoch, 3, inner, update)
+                timesteps = torch.randint(total, (pairs,), generator=generator)
+                noise = torch.randn(pairs, *clean.shape[1:], generator=generator)
+                for mine in own(run, pairs).split(config.train_batch):
+                    i = picture[mine]
+                    prompt_embeds = encode_prompts(pipeline, [prompts[j] for j in i], run.known)
+                    loss = denoising_loss(pipeline, clean[i].to(device), noise[mine].to(device), timesteps[mine].to(device),
+                                          prompt_embeds, negative_embeds, guidance, run.dtype)
+                    loss = (share * weights[i].to(device) * loss).sum() / pairs
+                    run.scaler.scale(loss).backward()
+                    losses += loss.detach()
+                    updating.update(len(mine))
+                grad_norms.append(apply_gradients(run))
+        updating.close()
+
+        # 5. log
+        seconds = time.perf_counter() - clock
+        row = {"epoch": epoch, "images": epoch * config.images} | reward_row(run, scores)
+        row |= {"loss": (reduce(losses) / updates).item(), "grad_norm": sum(grad_norms) / len(grad_norms), "weight_max": weights.max().item(),
+                "weight_share": (weights.sum()**2 / (len(weights) * weights.square().sum())).item(),  # of pictures that count
+                "seconds": seconds, "seconds_sample": seconds_sample, "seconds_reward": seconds_reward,
+                "seconds_update": seconds - seconds_sample - seconds_reward, "images_per_second": config.images / seconds}
+        if device.type == "cuda":
+            row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if epoch % config.eval_every == 0 or epoch == config.epochs:
+            row |= look(run, epoch)
+            row["seconds_eval"] = time.perf_counter() - clock - seconds
+        log(run, row)
+        best, stop = guard(run.rows, config)
+        if epoch % config.checkpoint_every == 0 or epoch in (best, config.epochs) or stop:
+            keep(run, epoch, best)
+        run.epoch = epoch
+        bar.set_postfix(reward=f"{row['reward_mean']:.3f}", **{name: f"{row[f'reward_{name}']:.3f}" for name in watched(config)})
+        bar.update()
+    bar.close()
+    return run.folder
+
+
+def main(arguments=None):
+    ddpo.main(arguments, sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    main()
