@@ -76,8 +76,8 @@ class Config:
     algorithm: str = "is"  # is, sf
     updates: int = 0  # an epoch and inner epoch; 0: 4 for is, 1 for sf, which is only right on policy
     inner_epochs: int = 1  # passes over an epoch's pictures
-    drop_last: int = 10  # steps at the end that are not trained: the first ones decide what is where, these only how sharp it is
-    timestep_fraction: float = 1.0  # of the other steps of each picture that are trained on, drawn anew each epoch
+    train_first: float = 0.5  # share of the steps, from the first on, that are trained: these decide what is where, the rest how sharp
+    timestep_fraction: float = 1.0  # of these, the share that is trained on of each picture, drawn anew each epoch
     step_weights: str = "none"  # equal: takes out of each step's gradient that some speak louder than others, see step_weights
     train_batch: int = 32  # (picture, step) pairs through the UNet at once: memory, not mathematics
     train_guidance: bool = True  # train the guided policy, which is the one that sampled
@@ -85,6 +85,7 @@ class Config:
     lora_rank: int = 0  # 0: fine-tune the whole UNet, which on so small a one is both faster and kinder to the pictures
     lora_targets: str = "to_q,to_k,to_v,to_out.0"
     lr: float = 0.0  # 0: 3e-3 for LoRA, 1e-4 for the whole UNet; on another model than the emoji's 3e-4 and 1e-5
+    warmup: int = 20  # updates in which the learning rate rises: Adam's first steps are of full length, however noisy the gradient
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
     optimizer: str = "adamw"  # adamw, adamw8bit (needs bitsandbytes and a GPU)
@@ -92,7 +93,7 @@ class Config:
     # staying near what the base model knows
     kl: float = 0.0  # weight of the divergence from the base model, see kl_loss
     ema: float = 0.9  # look at, and keep, weights averaged over about 1 / (1 - ema) updates (0: the newest)
-    guard: float = 0.9  # how far a watched reward may fall, in standard deviations of the base model's pictures; 0: any depth
+    guard: float = 0.75  # how far a watched reward may fall, in standard deviations of the base model's pictures; 0: any depth
     patience: int = 2  # looks in a row beyond the guard that end the run
 
     # watching and keeping
@@ -115,7 +116,7 @@ class Config:
 
 # The paper's settings (table 3 and app. D), with LoRA as in ddpo-pytorch; the shipped CLIP knows icons alone, so it cannot watch.
 PAPER = dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", epochs=100, images=256, sample_batch=8, steps=50, guidance_scale=5.0,
-             advantages="prompt", group_size=1, drop_last=0, ema=0.0, train_batch=8, lora_rank=4, eval_every=10,
+             advantages="prompt", group_size=1, train_first=1.0, warmup=0, ema=0.0, train_batch=8, lora_rank=4, eval_every=10,
              eval_images=16, checkpoint_every=5, watch="")
 SMALLER = PAPER | dict(steps=20, images=64, advantages="group", group_size=4, timestep_fraction=0.5, sample_batch=4)
 PRESETS = {
@@ -203,7 +204,7 @@ def check(config):
             refuse(setting, "must be at least 1")
     if config.seed >= 2**63:
         refuse("seed", "must be below 2**63")
-    for setting in ("updates", "lora_rank", "lr", "weight_decay", "seed", "drop_last", "kl", "guard"):
+    for setting in ("updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "kl", "guard"):
         if getattr(config, setting) < 0:
             refuse(setting, "must not be negative")
     for setting in ("advantage_clip", "clip_range", "grad_clip"):
@@ -221,8 +222,9 @@ def check(config):
         refuse("window", f"give the first step and the one after the last, such as 0:{config.steps // 2}, of --steps {config.steps}")
     if not 0 < config.eta <= 1:
         refuse("eta", "must be above 0, since a deterministic sampler is no policy, and at most 1")
-    if not 0 < config.timestep_fraction <= 1:
-        refuse("timestep_fraction", "must be above 0 and at most 1")
+    for setting in ("timestep_fraction", "train_first"):
+        if not 0 < getattr(config, setting) <= 1:
+            refuse(setting, "must be above 0 and at most 1")
     if config.advantages == "group" and config.group_size < 2:
         refuse("group_size", "a group needs at least 2 pictures to compare; or choose --advantages batch or prompt")
     if config.advantages == "batch" and config.images < 2:

@@ -47,10 +47,10 @@ PREVENTIONS = {  # past the optimum: --patience 99 keeps the best look within th
     "mixture": "--reward compress:0.5,clip:1",
 }
 CHEAPER = {
-    "20 steps": "", "50 steps": "--steps 50 --drop-last 25 --timestep-fraction 0.4", "10 steps": "--steps 10 --drop-last 5",
-    "all trained": "--drop-last 0", "half at random": "--drop-last 0 --timestep-fraction 0.5", "last two dropped": "--drop-last 2 --timestep-fraction 0.55",
-    "equal weights": "--drop-last 0 --timestep-fraction 0.5 --step-weights equal", "window of 10": "--window 0:10 --drop-last 0",
-    "window of 5": "--window 0:5 --drop-last 0",
+    "20 steps": "", "50 steps": "--steps 50 --timestep-fraction 0.4", "10 steps": "--steps 10",
+    "all trained": "--train-first 1", "half at random": "--train-first 1 --timestep-fraction 0.5", "last two dropped": "--train-first 0.9 --timestep-fraction 0.55",
+    "equal weights": "--train-first 1 --timestep-fraction 0.5 --step-weights equal", "window of 10": "--window 0:10 --train-first 1",
+    "window of 5": "--window 0:5 --train-first 1",
 }
 
 
@@ -68,7 +68,7 @@ def plan(experiment, seeds):
                                                        "--guard 0 --ema 0 --eval-every 6")
         if experiment == "overoptimisation":
             for name, flags in PREVENTIONS.items():
-                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --epochs 14 --eval-every 2 --patience 99 {'' if 'ema' in flags else '--ema 0'}"
+                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --lr 1.2e-4 --epochs 10 --eval-every 2 --patience 99 {'' if 'ema' in flags else '--ema 0'}"
         if experiment == "fewer_steps":
             for name, flags in CHEAPER.items():
                 runs[f"steps-{name.replace(' ', '-')}-{seed}"] = f"ddpo.py --reward compress --seed {seed} {flags} --epochs 6 --guard 0 --ema 0 --eval-every 2"

@@ -54,7 +54,7 @@ class Config(ddpo.Config):
     min_count: ClassVar = 16
     advantage_clip: ClassVar = 5.0
     timestep_fraction: ClassVar = 1.0
-    drop_last: ClassVar = 0
+    train_first: ClassVar = 1.0
     step_weights: ClassVar = "none"
     clip_range: ClassVar = 1e-4
     kl: ClassVar = 0.0

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import os
 import shutil
 import time
@@ -63,6 +64,7 @@ class Run:
     ema: list | None = None  # averaged parameters
     saved: dict | None = None  # the checkpoint that it goes on from
     epoch: int = 0  # done
+    updates: int = 0  # done
     rows: list = field(default_factory=list)  # of metrics.jsonl
     known: dict = field(default_factory=dict)  # prompt -> embedding
     step: object = None  # what takes a sampling step, see sample_trajectories
@@ -157,9 +159,9 @@ def start(config, resume=False):
     eta = step_etas(config)
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
     policy_steps = (table[:, 2] > 0).nonzero().flatten()  # a step without noise, such as some schedules' last, is no action
-    policy_steps = policy_steps[:len(policy_steps) - config.drop_last]
+    policy_steps = policy_steps[:math.ceil(config.train_first * len(policy_steps))]
     if len(policy_steps) == 0:
-        raise ValueError(f"--steps {config.steps}: no step is left that is stochastic and trained; choose more steps")
+        raise ValueError(f"--steps {config.steps}: every step of this scheduler is deterministic; choose more steps")
     if config.offload:  # the text encoder works where it is, once a prompt; the VAE comes to the device for each batch
         pipeline.text_encoder.to("cpu"), pipeline.vae.to("cpu")
     if config.gradient_checkpointing:
@@ -181,6 +183,7 @@ def start(config, resume=False):
     run.saved = load_checkpoint(folder / "checkpoint") if resume else None
     if run.saved:
         run.epoch = run.saved["epoch"]
+        run.updates = run.epoch * config.updates * config.inner_epochs
         with torch.no_grad():
             for p, value in zip(parameters, run.saved["parameters"]):
                 p.copy_(value)
@@ -280,6 +283,9 @@ def apply_gradients(run):
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip).item()
     if not (np.isfinite(norm) or run.scaler.is_enabled()):  # fp16's scaler skips such a step by itself
         raise RunStopped(f"{run.folder}: the gradient is {norm}; start again with an --lr below {run.config.lr:g}")
+    run.updates += 1
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.config.lr * min(1, run.updates / max(1, run.config.warmup))
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()

@@ -130,7 +130,7 @@ def test_the_divergence_joins_the_fused_kernels_gradient(epsilon_model, tmp_path
 
 
 def test_outside_the_window_steps_are_deterministic_and_are_no_actions(epsilon_model, tmp_path):
-    config = ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(steps=10, window="2:5", drop_last=1)))
+    config = ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(steps=10, window="2:5", train_first=0.5)))
     assert step_etas(config).tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
     run = start(config)
     assert run.policy_steps.tolist() == [2, 3]
@@ -170,7 +170,7 @@ def test_the_whole_unet_of_another_model_has_a_smaller_learning_rate():
 @pytest.mark.parametrize("arguments, names", [
     (["--window", "5:3"], "window"), (["--window", "x"], "window"), (["--window", "0:99"], "window"), (["--kl", "-1"], "kl"),
     (["--ema", "1"], "ema"), (["--guard", "-1"], "guard"), (["--patience", "0"], "patience"), (["--cuda-graph"], "cuda-graph"),
-    (["--drop-last", "20"], "no step is left"), (["--step-weights", "odd"], "step-weights"), (["--optimizer", "sgd"], "optimizer"),
+    (["--train-first", "0"], "train-first"), (["--step-weights", "odd"], "step-weights"), (["--optimizer", "sgd"], "optimizer"),
     (["--eval-prompts", "no_such"], "no_such"), (["--model", "SDXL"], "not a text-to-image Stable Diffusion"),
     (["--model", "FLUX"], "cannot be loaded"),
 ])
