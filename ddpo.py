@@ -93,7 +93,7 @@ class Config:
     # staying near what the base model knows
     kl: float = 0.0  # weight of the divergence from the base model, see kl_loss
     ema: float = 0.9  # look at, and keep, weights averaged over about 1 / (1 - ema) updates (0: the newest)
-    guard: float = 0.75  # how far a watched reward may fall, in standard deviations of the base model's pictures; 0: any depth
+    guard: float = 0.6  # how far a watched reward may fall, in standard deviations of the base model's pictures; 0: any depth
     patience: int = 2  # looks in a row beyond the guard that end the run
 
     # watching and keeping
@@ -424,7 +424,7 @@ def fit(run):
 def parse_config(arguments, script=sys.modules[__name__]):
     """(Config, resume) from the command line: the preset's values, then the flags that were given. script: whose Config and PRESETS."""
     parser = argparse.ArgumentParser(description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only --epochs and --guard may be given beside it")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only --epochs and --patience may be given beside it")
     for field in fields(script.Config):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, "bool") else dict(type=type(field.default))
         parser.add_argument("--" + field.name.replace("_", "-"), default=None, help=f"(default {field.default!r})", **kind)
@@ -432,8 +432,8 @@ def parse_config(arguments, script=sys.modules[__name__]):
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     if "resume" in given:
         run = Path(given.pop("resume")).resolve()
-        if set(given) - {"epochs", "guard"}:
-            raise ValueError(f"--resume {run}: its settings are those of its config.json; only --epochs and --guard may be given beside it")
+        if set(given) - {"epochs", "patience"}:
+            raise ValueError(f"--resume {run}: its settings are those of its config.json; only --epochs and --patience may be given beside it")
         if not (run / "config.json").exists():
             raise ValueError(f"--resume {run}: no config.json in it; give the folder of a run, such as runs/compress")
         try:

@@ -161,6 +161,14 @@ def test_the_triton_kernels_give_the_same_training_curve(tmp_path, monkeypatch):
         assert triton_row == pytest.approx(torch_row, rel=2e-2, abs=2e-5)  # Adam magnifies the last bits
 
 
+def test_a_short_run_raises_its_reward_beyond_chance(tmp_path):
+    config = Config(out=str(tmp_path), watch="", device="cpu", images=32, steps=8, train_first=1.0, epochs=4, warmup=0, lr=5e-4, ema=0.0,
+                    eval_images=32, eval_every=4)
+    rows = read_metrics(ddpo.train(config) / "metrics.jsonl")
+    standard_error = rows[-1]["reward_std"] / 32**0.5
+    assert rows[-1]["eval_reward"] - rows[0]["eval_reward"] > 2 * standard_error  # on the same prompts and seeds: less noise than that
+
+
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_numbers(run, tmp_path):
     moments = random.Random(seed := time.time_ns())  # any moment must do, so each run of this test tries others
     print("moments:", seed)
