@@ -75,10 +75,12 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
     source = model if Path(model).exists() or not (HERE / model).exists() else str(HERE / model)  # models/emoji from anywhere
     if Path(source).exists() and not (Path(source) / "model_index.json").exists():
         raise ValueError(f"--model {model}: no model_index.json in it; give a folder in diffusers' layout, or a hub id")
+    default = torch.get_default_dtype()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype={"default": dtype, "vae": torch.float32},
                                                            safety_checker=None, requires_safety_checker=False)
     except Exception as error:  # the hub and the loaders raise many kinds; all of them mean the same to the user
+        torch.set_default_dtype(default)  # a loader that fails half-way leaves its own
         raise ValueError(f"--model {model}: cannot be loaded as a StableDiffusionPipeline ({first_line(error)}); give a folder in "
                          "diffusers' layout or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5") from error
     if pipeline.unet.config.addition_embed_type or pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:

@@ -45,7 +45,7 @@ GPU_VARIANTS = {
 }
 EMOJI = dict(model="models/emoji", images=32, sample_batch=32, train_batch=32, steps=5, guidance_scale=4.0)
 SD15 = dict(images=8, sample_batch=4, train_batch=4, steps=10, guidance_scale=5.0, lora_rank=4)
-EQUAL = dict(reward="compress", watch="", prompts="animals", advantages="batch", updates=1, timestep_fraction=1.0, tracker="none",
+EQUAL = dict(reward="compress", watch="", prompts="animals", advantages="batch", updates=1, train_first=1.0, timestep_fraction=1.0, tracker="none",
              epochs=10**6, eval_every=10**6, checkpoint_every=10**6)  # epochs and nothing else, until told to end
 
 

@@ -23,7 +23,7 @@ from sample import encode_prompts, load_pipeline
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=3, epochs=2, eval_images=2, eval_every=2, group_size=4, watch="",
-             updates=2, inner_epochs=2, lora_rank=8, device="cpu")
+             updates=2, inner_epochs=2, lora_rank=8, lr=3e-3, warmup=0, device="cpu")
 
 
 def flags(**settings):
@@ -232,7 +232,7 @@ def test_it_learns_to_denoise_the_pictures_that_count(tmp_path, monkeypatch):
     monkeypatch.setattr(rwr, "collect", lambda run, epoch, real=rwr.collect: seen.append(real(run, epoch)) or seen[0])
     monkeypatch.setattr(rwr, "weigh", lambda *inputs: seen.append(real(*inputs)) or seen[1])
     folder = rwr.train(Config(out=str(tmp_path), weights="sparse", per_prompt=False, top=0.25,
-                              **SMALL | dict(epochs=1, steps=6, inner_epochs=25, updates=1, train_batch=8, lr=3e-3)))
+                              **SMALL | dict(epochs=1, steps=6, inner_epochs=25, updates=1, train_batch=8, ema=0.0)))
     (prompts, walks, _, _), weights = seen
     best = weights.nonzero().flatten().repeat(8)
     noise, timesteps = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(5)), torch.arange(16) * 60
