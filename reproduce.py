@@ -38,7 +38,8 @@ from training import seeded
 HERE = Path(__file__).parent
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, two-sided 95 %, by number of seeds
 PROMPTS = {"clip": "--prompts animal_objects --eval-every 2"}  # "a cat with a guitar": what alignment has to improve
-ALGORITHMS = {"DDPO-IS": "ddpo.py", "DDPO-SF": "ddpo.py --algorithm sf", "RWR": "rwr.py", "RWR-sparse": "rwr.py --weights sparse"}
+ALGORITHMS = {"DDPO-IS": "ddpo.py", "DDPO-SF": "ddpo.py --algorithm sf", "RWR": "rwr.py", "RWR-sparse": "rwr.py --weights sparse",
+              "RWR-no-reward": "rwr.py --beta 0"}  # the last: what the regression alone does, see rwr.py
 HELD_OUT = {"compress": ["animals", "animals_held_out", "objects"], "clip": ["animal_objects", "animal_objects_held_out"]}
 PREVENTIONS = {  # past the optimum: --patience 99 keeps the best look within the guard and goes on beyond it
     "none": "--reward compress",
