@@ -247,6 +247,8 @@ def draw_rewards(runs, results, out, model):
         if (out / f"{reward}-0" / "unet").exists():  # weights are not kept beside the logs
             prompts = load_prompts("animal_objects" if reward == "clip" else "animals")
             pictures(model, {"before": None, reward: out / f"{reward}-0"}, prompts, results / f"{reward}.png")
+    if (out / "compress-2" / "progress.png").exists():
+        shutil.copy(out / "compress-2" / "progress.png", results / "progress.png")
     if (out / "clip-0" / "unet").exists():
         pictures(model, {"before": None, "clip": out / "clip-0"}, load_prompts("animal_objects_held_out"), results / "clip_held_out.png")
     return lines, numbers
