@@ -10,7 +10,7 @@ Six stages, each started again where it stopped (runs/pretrain/*.pt), with sheet
     unet     epsilon-prediction on the latents under Stable Diffusion's noise schedule, captions dropped for guidance
     judge    the image encoder of CLIP goes on alone; its text encoder stays as the UNet knows it
     decoder  the decoder of the VAE goes on alone; the latents stay as the UNet knows them
-    export   all of it as a diffusers folder, in fp16
+    export   all of it as a diffusers folder, in fp16 (the text encoder in fp32)
 """
 
 import argparse
@@ -372,8 +372,10 @@ def export(config, tokenizer, clip, vae, unet):
     pipeline.save_pretrained(config.out, safe_serialization=True)
     # the names that all published text encoders have; transformers before 5.6 knows no others
     path = Path(config.out) / "text_encoder" / "model.safetensors"
-    weights = {"text_model." + key.removeprefix("text_model."): value for key, value in load_file(path).items()}
+    weights = {"text_model." + key.removeprefix("text_model."): value.float() for key, value in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
+    settings = path.with_name("config.json")  # transformers 5 loads in the dtype of the file, diffusers in float32: they must agree
+    settings.write_text(settings.read_text().replace('"float16"', '"float32"'))
     clip.to(torch.float16).save_pretrained(Path(config.out) / "clip", safe_serialization=True)
     half = [0.5, 0.5, 0.5]
     CLIPImageProcessor(size={"shortest_edge": scenes.SIZE}, crop_size={"height": scenes.SIZE, "width": scenes.SIZE},

@@ -1,6 +1,8 @@
 """Claims about the sampler: its table and its step are diffusers' DDIM, and its log-probabilities are those of a Gaussian."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from PIL import Image
 import sample
 from sample import ddim_step, ddim_table, decode, encode_prompts, load_pipeline, predict, sample_trajectories
 
+ROOT = Path(__file__).parents[1]
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                         set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading")
 
@@ -130,6 +133,14 @@ def test_sampling_without_noise_agrees_with_diffusers_own_pipeline(pipeline):
     theirs = pipeline("a frog", num_inference_steps=10, guidance_scale=4.0, eta=0.0, latents=noise, output_type="pt").images
     ours = sample_trajectories(pipeline, ["a frog"], 10, 4.0, 0.0, generator=torch.Generator().manual_seed(3)).images
     assert ((theirs * 255).round() - ours).abs().max() <= 2
+
+
+def test_the_model_card_s_example_runs_in_plain_diffusers(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = re.search(r"```python\n(.*?)```", Path("models/emoji/README.md").read_text(), re.S)[1]
+    names = {}
+    exec(code.replace("StableDiffusionPipeline.from", "picture = StableDiffusionPipeline.from"), names)
+    assert names["picture"].size == (64, 64)
 
 
 @pytest.mark.parametrize("model, names", [("no/such/model", "no/such/model"), ("data", "model_index.json")])
