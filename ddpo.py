@@ -58,9 +58,9 @@ class Config:
     epochs: int = 14  # at most: see guard
 
     # sampling
-    images: int = 64  # an epoch, over all processes
+    images: int = 96  # an epoch, over all processes
     sample_batch: int = 32  # pictures denoised at once, on each process
-    steps: int = 20  # T
+    steps: int = 10  # T
     guidance_scale: float = 4.0  # 1 for none
     eta: float = 1.0  # must be above 0: a deterministic sampler is no policy
     window: str = ""  # "5:15": only these steps are stochastic and trained, the others deterministic ("" for all)
@@ -178,7 +178,8 @@ def kl_loss(output, reference, guidance_scale=None):
     """(B,) mean_D ‖ε̂ − ε̂_ref‖² between the guided predictions of the policy and of the base model.
 
     The exact divergence of the two Gaussians of a step (x-space) is c_o² ‖ε̂ − ε̂_ref‖² / (2σ²): the same, but for a weight that is
-    nearly even over the steps and some fifty times as large in the last but one, which would then be all that is held."""
+    nearly even over the steps and some fifty times as large in the last but one: where that step is trained, it would be all that is
+    held, for better or worse (tutorial 5 tries both)."""
     return (guided(output, guidance_scale) - guided(reference, guidance_scale)).float().square().flatten(1).mean(1)
 
 

@@ -37,10 +37,12 @@ from training import seeded
 
 HERE = Path(__file__).parent
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, two-sided 95 %, by number of seeds
-PROMPTS = {"clip": "--prompts animal_objects --eval-every 2"}  # "a cat with a guitar": what alignment has to improve
+# "a cat with a guitar", without guidance: then alignment has something to improve, and a step costs half
+CLIP = "--prompts pairs --guidance-scale 1 --images 128 --group-size 16"
+FLAGS = {"clip": f"{CLIP} --lr 1.5e-4 --epochs 30 --eval-every 5 --eval-prompts animal_objects_held_out"}
 ALGORITHMS = {"DDPO-IS": "ddpo.py", "DDPO-SF": "ddpo.py --algorithm sf", "RWR": "rwr.py", "RWR-sparse": "rwr.py --weights sparse",
               "RWR-no-reward": "rwr.py --beta 0"}  # the last: what the regression alone does, see rwr.py
-HELD_OUT = {"compress": ["animals", "animals_held_out", "objects"], "clip": ["animal_objects", "animal_objects_held_out"]}
+HELD_OUT = {"compress": ["animals", "animals_held_out", "objects"], "clip": ["pairs", "animal_objects", "animal_objects_held_out"]}
 PREVENTIONS = {  # past the optimum: --patience 99 keeps the best look within the guard and goes on beyond it
     "none": "--reward compress",
     "kl": "--reward compress --kl 0.05",
@@ -48,10 +50,9 @@ PREVENTIONS = {  # past the optimum: --patience 99 keeps the best look within th
     "mixture": "--reward compress:0.5,clip:1",
 }
 CHEAPER = {
-    "20 steps": "", "50 steps": "--steps 50 --timestep-fraction 0.4", "10 steps": "--steps 10",
-    "all trained": "--train-first 1", "half at random": "--train-first 1 --timestep-fraction 0.5", "last two dropped": "--train-first 0.9 --timestep-fraction 0.55",
-    "equal weights": "--train-first 1 --timestep-fraction 0.5 --step-weights equal", "window of 10": "--window 0:10 --train-first 1",
-    "window of 5": "--window 0:5 --train-first 1",
+    "10 steps": "", "20 steps": "--steps 20", "50 steps": "--steps 50 --timestep-fraction 0.4",
+    "all trained": "--train-first 1", "half at random": "--train-first 1 --timestep-fraction 0.5", "last two dropped": "--train-first 0.8 --timestep-fraction 0.625",
+    "equal weights": "--train-first 1 --timestep-fraction 0.5 --step-weights equal", "window of 5": "--window 0:5 --train-first 1",
 }
 
 
@@ -61,18 +62,18 @@ def plan(experiment, seeds):
     for seed in range(seeds):
         if experiment in ("rewards", "generalisation"):
             for reward in ("compress", "clip", "incompress") if experiment == "rewards" else HELD_OUT:
-                runs[f"{reward}-{seed}"] = f"ddpo.py --reward {reward} --seed {seed} {PROMPTS.get(reward, '')}"
+                runs[f"{reward}-{seed}"] = f"ddpo.py --reward {reward} --seed {seed} {FLAGS.get(reward, '')}"
         if experiment == "algorithms":
             for reward in ("compress", "incompress", "clip"):
                 for name, script in ALGORITHMS.items():
-                    runs[f"{reward}-{name}-{seed}"] = (f"{script} --reward {reward} --seed {seed} {PROMPTS.get(reward, '')} --epochs 6 "
-                                                       "--guard 0 --ema 0 --eval-every 6")
+                    flags = f"{CLIP} --lr {'4e-5' if 'rwr' in script else '1.5e-4'}" if reward == "clip" else "--images 64"
+                    runs[f"{reward}-{name}-{seed}"] = f"{script} --reward {reward} --seed {seed} {flags} --epochs 6 --guard 0 --ema 0 --eval-every 6"
         if experiment == "overoptimisation":
             for name, flags in PREVENTIONS.items():
-                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --lr 1.2e-4 --epochs 10 --eval-every 2 --patience 99 {'' if 'ema' in flags else '--ema 0'}"
+                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --images 64 --epochs 18 --eval-every 3 --patience 99 {'' if 'ema' in flags else '--ema 0'}"
         if experiment == "fewer_steps":
             for name, flags in CHEAPER.items():
-                runs[f"steps-{name.replace(' ', '-')}-{seed}"] = f"ddpo.py --reward compress --seed {seed} {flags} --epochs 6 --guard 0 --ema 0 --eval-every 2"
+                runs[f"steps-{name.replace(' ', '-')}-{seed}"] = f"ddpo.py --reward compress --seed {seed} {flags} --images 64 --epochs 6 --guard 0 --ema 0 --eval-every 3"
     return {name: " ".join(command.split()) for name, command in runs.items()}
 
 
@@ -189,29 +190,30 @@ def kilobytes(row, reward, view="eval"):
     return abs(row[f"{view}_reward"]) if reward.endswith("compress") else None
 
 
-def pictures(model, weights, prompts, path, columns=10):
-    """A row a model, the same prompts and seeds in each. weights: {label: folder, or (folder, strength)}; None: the base model."""
+def pictures(config, weights, prompts, path, columns=10):
+    """A row a model, the same prompts and seeds in each, sampled as the run with this config does. weights: {label: folder, or
+    (folder, strength)}; None: the base model."""
     rows = []
     chosen = [prompts[i * len(prompts) // columns] for i in range(columns)]
     for source in weights.values():
         folder, strength = source if isinstance(source, tuple) else (source, 1.0)
-        pipeline = load_pipeline(model, lora=folder, lora_scale=strength)
+        pipeline = load_pipeline(config.model, lora=folder, lora_scale=strength)
         generators = [seeded(1, i, device=pipeline.device) for i in range(columns)]
-        rows.append(sample_trajectories(pipeline, chosen, 20, 4.0, generator=generators).images)
+        rows.append(sample_trajectories(pipeline, chosen, config.steps, config.guidance_scale, generator=generators).images)
     picture_grid(rows, list(weights), chosen, cell=112).save(path)
 
 
-def look_at(model, folder, prompts, strength=1.0):
+def look_at(config, folder, prompts, strength=1.0):
     """The fixed pictures of evaluate.look, for a run's weights (None: the base model): means of {compress, clip, clip_top1}."""
-    chosen, pipeline = eval_prompts(prompts, 64), load_pipeline(model, lora=folder, lora_scale=strength)
+    chosen, pipeline = eval_prompts(prompts, 64), load_pipeline(config.model, lora=folder, lora_scale=strength)
     candidates = list(dict.fromkeys(chosen + load_prompts("animals") + load_prompts("animals_held_out")))
-    images = torch.cat([sample_trajectories(pipeline, chosen[i:i + 32], 20, 4.0, generator=[
+    images = torch.cat([sample_trajectories(pipeline, chosen[i:i + 32], config.steps, config.guidance_scale, generator=[
         seeded(0, 0, j, device=pipeline.device) for j in range(i, i + 32)]).images for i in (0, 32)])
     means = {name: get_reward(name)(images, chosen).mean().item() for name in ("compress", "clip")}
     return means | {"clip_top1": clip_top1(images, chosen, candidates).float().mean().item()}
 
 
-def draw_rewards(runs, results, out, model):
+def draw_rewards(runs, results, out):
     lines = ["| run | epochs | kB | change | CLIP cosine | top-1 |", "| --- | --- | --- | --- | --- | --- |"]
     numbers = {}
     for name, rows in runs.items():
@@ -245,16 +247,18 @@ def draw_rewards(runs, results, out, model):
     save_figure(figure, results / "rewards.png")
     for reward in ("compress", "incompress", "clip"):
         if (out / f"{reward}-0" / "unet").exists():  # weights are not kept beside the logs
-            prompts = load_prompts("animal_objects" if reward == "clip" else "animals")
-            pictures(model, {"before": None, reward: out / f"{reward}-0"}, prompts, results / f"{reward}.png")
+            prompts = load_prompts("pairs" if reward == "clip" else "animals")
+            pictures(settings_of(out / f"{reward}-0"), {"before": None, reward: out / f"{reward}-0"}, prompts, results / f"{reward}.png",
+                     columns=min(10, len(prompts)))
     if (out / "compress-2" / "progress.png").exists():
         shutil.copy(out / "compress-2" / "progress.png", results / "progress.png")
     if (out / "clip-0" / "unet").exists():
-        pictures(model, {"before": None, "clip": out / "clip-0"}, load_prompts("animal_objects_held_out"), results / "clip_held_out.png")
+        pictures(settings_of(out / "clip-0"), {"before": None, "clip": out / "clip-0"}, load_prompts("animal_objects_held_out"),
+                 results / "clip_held_out.png")
     return lines, numbers
 
 
-def draw_algorithms(runs, results, out, model):
+def draw_algorithms(runs, results, out):
     rewards = [reward for reward in ("compress", "incompress", "clip") if any(name.startswith(reward + "-") for name in runs)]
     figure, axes = plots(len(rewards))
     lines, numbers = ["| reward | algorithm | first epoch | last epoch | change |", "| --- | --- | --- | --- | --- |"], {}
@@ -275,7 +279,7 @@ def draw_algorithms(runs, results, out, model):
     return lines, numbers
 
 
-def draw_generalisation(runs, results, out, model):
+def draw_generalisation(runs, results, out):
     """From the kept weights, where they are there, or else from the numbers that were taken of them before."""
     path = results / "logs" / "held_out.json"
     seen = json.loads(path.read_text()) if path.exists() else {}
@@ -284,7 +288,7 @@ def draw_generalisation(runs, results, out, model):
         for run, folder in ({"base": None} | trained if trained else {}).items():
             for name in sets:
                 if f"{run} {name}" not in seen:
-                    seen[f"{run} {name}"] = look_at(model, folder, load_prompts(name))
+                    seen[f"{run} {name}"] = look_at(settings_of(next(iter(trained.values()))), folder, load_prompts(name))
     path.write_text(json.dumps(seen, indent=1) + "\n")
     figure, axes = plots(len(HELD_OUT))
     lines, numbers = ["| reward | prompts | before | after | change |", "| --- | --- | --- | --- | --- |"], {}
@@ -304,7 +308,7 @@ def draw_generalisation(runs, results, out, model):
     return lines, numbers
 
 
-def draw_overoptimisation(runs, results, out, model):
+def draw_overoptimisation(runs, results, out):
     names = {"eval_size": "JPEG size (kB): trained on", "eval_clip": "CLIP cosine: watched", "eval_clip_top1": "recognised (top-1)",
              "eval_diversity": "diversity"}
     figure, axes = plots(len(names) + 1, width=3.6)
@@ -342,10 +346,11 @@ def draw_overoptimisation(runs, results, out, model):
         for name in ("kl", "ema", "mixture"):  # at their last epoch: what each does without the guard
             if name in rows and (rows[name] / "last").exists():
                 rows[name] = rows[name] / "last"
-        pictures(model, rows, load_prompts("animals"), results / "overoptimisation_pictures.png")
+        config = settings_of(out / "over-none-0")
+        pictures(config, rows, load_prompts("animals"), results / "overoptimisation_pictures.png")
         strengths = {f"strength {s:g}": (rows["none"], s) for s in (0.25, 0.5, 0.75, 1.0)}
-        pictures(model, {"before": None} | strengths, load_prompts("animals"), results / "strength.png")
-        turned_down = [look_at(model, rows["none"], load_prompts("animals"), s) | {"strength": s} for s in (0.25, 0.5, 0.75, 1.0)]
+        pictures(config, {"before": None} | strengths, load_prompts("animals"), results / "strength.png")
+        turned_down = [look_at(config, rows["none"], load_prompts("animals"), s) | {"strength": s} for s in (0.25, 0.5, 0.75, 1.0)]
         numbers["strength"] = turned_down
         axes[-1].plot([-point["compress"] for point in turned_down], [point["clip_top1"] for point in turned_down], "x--", color="gray",
                       label="none, at strength 0.25 to 1 (seed 0)")
@@ -354,9 +359,9 @@ def draw_overoptimisation(runs, results, out, model):
     return lines, numbers
 
 
-def draw_fewer_steps(runs, results, out, model):
+def draw_fewer_steps(runs, results, out):
     figure, axes = plots(2, width=5.5, height=4)
-    lines, numbers = ["| variant | kB | seconds an epoch, relative to 20 steps | kB after the seconds that 20 steps took for 3 epochs |",
+    lines, numbers = ["| variant | kB | seconds an epoch, relative to 10 steps | kB after the seconds that 10 steps took for 6 epochs |",
                       "| --- | --- | --- | --- |"], {}
     clocks = {}
     for variant in CHEAPER:
@@ -369,21 +374,21 @@ def draw_fewer_steps(runs, results, out, model):
             clocks[variant, seed] = curve
     for variant in CHEAPER:
         curves = [curve for (name, _), curve in clocks.items() if name == variant]
-        if not curves or ("20 steps", 0) not in clocks:
+        if not curves or ("10 steps", 0) not in clocks:
             continue
-        reference = statistics.mean(curve[-1][0] for (name, _), curve in clocks.items() if name == "20 steps")
+        reference = statistics.mean(curve[-1][0] for (name, _), curve in clocks.items() if name == "10 steps")
         length = min(map(len, curves))
         axes[0].plot([statistics.mean(c[i][0] for c in curves) for i in range(length)],
                      [statistics.mean(c[i][1] for c in curves) for i in range(length)], "o-", ms=3, label=variant)
         band(axes[1], [list(enumerate(value for _, value in curve)) for curve in curves], variant)
         size, half = interval(curve[-1][1] for curve in curves)
         share = statistics.mean(curve[-1][0] for curve in curves) / reference
-        at_equal_time = interval(between(curve, reference / 2) for curve in curves)
+        at_equal_time = interval(between(curve, reference) for curve in curves)
         lines.append(f"| {variant} | {size:.2f} ± {half:.2f} | {share:.2f} | {at_equal_time[0]:.2f} ± {at_equal_time[1]:.2f} |")
         numbers[variant] = {"kilobytes": size, "half_width_95": half, "relative_seconds": share, "kilobytes_at_equal_time": at_equal_time[0],
                             "seeds": len(curves)}
     axes[0].set(xlabel="seconds", ylabel="JPEG size (kB)")
-    axes[1].set(xlabel="look (every 2 epochs)", ylabel="JPEG size (kB)")
+    axes[1].set(xlabel="look (every 3 epochs)", ylabel="JPEG size (kB)")
     axes[0].legend(fontsize=7)
     save_figure(figure, results / "fewer_steps.png")
     return lines, numbers
@@ -434,7 +439,7 @@ def main(arguments=None):
         complete = args.draw or run_all(runs, out, results / "logs", args.jobs, args.minutes)
         logs = read(runs, results / "logs")
         if logs:
-            lines, numbers = EXPERIMENTS[name](logs, results, out, args.model)
+            lines, numbers = EXPERIMENTS[name](logs, results, out)
             (results / f"{name}.md").write_text("\n".join(lines) + "\n")
             (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
             if not own:

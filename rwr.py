@@ -44,7 +44,7 @@ class Config(ddpo.Config):
     top: float = 0.1  # share of the pictures that RWR-sparse trains on
     per_prompt: bool = True  # weigh each picture among those of its prompt, instead of among all of the epoch
     updates: int = 1  # an inner epoch
-    inner_epochs: int = 10  # passes over the pictures, with new t and ε each time: as many UNet rows as ddpo.py's 10 steps a picture
+    inner_epochs: int = 5  # passes over the pictures, with new t and ε each time: as many UNet rows as ddpo.py's 5 steps a picture
     lr: float = 0.0  # 0: ddpo.py's, but a quarter of it on the emoji model, whose pictures wash out above
 
     # What only a policy gradient has. ClassVar: no fields, so no flags either.

@@ -354,7 +354,7 @@ def main(arguments=None):
     parser.add_argument("--lora-scale", type=float, nargs="+", default=[1.0], help="strengths of what was trained, 0 to 1; several: side by side")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="denoising steps (default: 20 for the emoji model, 50 otherwise)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: 10 for the emoji model, 50 otherwise)")
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--eta", type=float, default=1.0, help="0: deterministic, 1: as noisy as DDPM")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
@@ -363,7 +363,7 @@ def main(arguments=None):
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     args = parser.parse_args(arguments)
     prompts = args.prompt or ["a cat", "a fox", "a butterfly", "a panda"]
-    steps = args.steps if args.steps is not None else 20 if args.model == "models/emoji" else 50
+    steps = args.steps if args.steps is not None else 10 if args.model == "models/emoji" else 50
     try:
         if args.images < 1:
             raise ValueError(f"--images {args.images}: must be at least 1")

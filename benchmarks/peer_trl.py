@@ -42,7 +42,7 @@ sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 from benchmarks.epoch import count_rows, launch, machine, ratios, record_as, setting, take_turns, versions
 from benchmarks.epoch import __file__ as OUR_WORKER
 
-EMOJI = dict(model="models/emoji", images=64, sample_batch=32, train_batch=16, updates=4, steps=20, guidance_scale=4.0)
+EMOJI = dict(model="models/emoji", images=64, sample_batch=32, train_batch=16, updates=4, steps=10, guidance_scale=4.0)
 SD15 = dict(images=16, sample_batch=8, train_batch=4, updates=2, steps=10, guidance_scale=5.0)
 EQUAL = dict(lora_rank=4, lr=3e-4, seed=0)  # in TRL the rank is a constant
 PARTS = {"sampling": "seconds_sample", "update": "seconds_update", "epoch": "seconds"}

@@ -12,7 +12,7 @@ from prompts import FOLDER, SETS, load_prompts, sample_prompts
 def test_the_sets_have_the_sizes_that_the_documentation_gives():
     sizes = {"animals": 45, "animals_held_out": 24, "objects": 40, "activities": 3, "imagenet_animals": 398,
              "animal_activities": 45 * 3, "animal_objects": 45 * 40, "animal_objects_held_out": 24 * 40, "counting": 45 * 8,
-             "animals_plural": 45}
+             "animals_plural": 45, "pairs": 8}
     assert {name: len(load_prompts(name)) for name in SETS} == sizes
 
 
@@ -34,6 +34,7 @@ def test_every_noun_has_the_article_that_its_sound_asks_for(name):
 def test_held_out_animals_are_held_out():
     assert not set(load_prompts("animals")) & set(load_prompts("animals_held_out"))
     assert not set(load_prompts("animal_objects")) & set(load_prompts("animal_objects_held_out"))
+    assert set(load_prompts("pairs")) < set(load_prompts("animal_objects"))
 
 
 def test_products_read_like_the_papers_prompts():

@@ -190,7 +190,7 @@ def watch_it_hack_the_reward(n):
     save("5_trade_off.png")
 
     figure, axis = plt.subplots(figsize=(7.5, 3.8))
-    for folder, colour in zip(sorted(n["logs"].glob("compress-*")), (BLUE, ORANGE, GREEN, "0.3")):
+    for folder, colour in zip(sorted(n["logs"].glob("compress-[0-9]")), (BLUE, ORANGE, GREEN, "0.3")):
         rows, config = n["read_metrics"](folder / "metrics.jsonl"), n["settings_of"](folder)
         looks = [row for row in rows if "eval_reward" in row]
         size = [-row["eval_reward"] for row in looks]
@@ -208,12 +208,12 @@ def watch_it_hack_the_reward(n):
 
 def bring_your_own(n):
     """The run for redness whose command the tutorial shows."""
-    settings = dict(images=32, steps=10, train_first=1.0, epochs=8, lr=1.2e-4, warmup=0, ema=0.0, guard=0.0, eval_every=8)
+    settings = dict(images=32, train_first=1.0, epochs=8, lr=1.2e-4, warmup=0, ema=0.0, guard=0.0, eval_every=8)
     folder = n["ddpo"].train(n["ddpo"].Config(reward=f"{n['file']}:redness", name="figure", out=n["scratch"].name, device="cpu", **settings))
     prompts, rows = ["a cat", "a fox", "a frog", "a whale", "a butterfly", "a turtle", "a chicken", "a zebra"], []
     for lora in (None, folder):
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        rows.append(sample_trajectories(load_pipeline(device="cpu", lora=lora), prompts, 20, 4.0, generator=generators).images)
+        rows.append(sample_trajectories(load_pipeline(device="cpu", lora=lora), prompts, 10, 4.0, generator=generators).images)
     picture_grid(rows, ["before", "after"], prompts).save(FOLDER / "6_red.png")
 
 
