@@ -8,7 +8,7 @@
     python reproduce.py --draw             all tables and pictures again, from the logs that are there
 
 Runs are shared between experiments, go on where they were interrupted, and are not run again once finished. --jobs 2 runs two at
-a time on half of the cores each, which gets more done than one on all of them (not for `fewer_steps`, which measures time).
+a time on half of the cores each, which gets more done than one on all of them; `fewer_steps` compares times, so nothing else should run beside it.
 Left in results/<model>/: logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table (.md), its numbers (.json)
 and pictures. The shipped model's tables are also put into the README, between its markers.
 """
@@ -59,21 +59,21 @@ CHEAPER = {
 def plan(experiment, seeds):
     """{run: command} of an experiment, in the order in which they are worth having."""
     runs = {}
+    for reward in ("compress", "clip", "incompress") if experiment == "algorithms" else ():
+        for seed in range(seeds):
+            for name, script in ALGORITHMS.items():
+                flags = f"{CLIP} --lr {'4e-5' if 'rwr' in script else '1.5e-4'}" if reward == "clip" else "--images 64"
+                runs[f"{reward}-{name}-{seed}"] = f"{script} --reward {reward} --seed {seed} {flags} --epochs 6 --guard 0 --ema 0 --eval-every 6"
     for seed in range(seeds):
         if experiment in ("rewards", "generalisation"):
             for reward in ("compress", "clip", "incompress") if experiment == "rewards" else HELD_OUT:
                 runs[f"{reward}-{seed}"] = f"ddpo.py --reward {reward} --seed {seed} {FLAGS.get(reward, '')}"
-        if experiment == "algorithms":
-            for reward in ("compress", "incompress", "clip"):
-                for name, script in ALGORITHMS.items():
-                    flags = f"{CLIP} --lr {'4e-5' if 'rwr' in script else '1.5e-4'}" if reward == "clip" else "--images 64"
-                    runs[f"{reward}-{name}-{seed}"] = f"{script} --reward {reward} --seed {seed} {flags} --epochs 6 --guard 0 --ema 0 --eval-every 6"
         if experiment == "overoptimisation":
             for name, flags in PREVENTIONS.items():
-                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --images 64 --epochs 18 --eval-every 3 --patience 99 {'' if 'ema' in flags else '--ema 0'}"
+                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --images 64 --lr 1.5e-4 --epochs 12 --eval-every 2 --patience 99 {'' if 'ema' in flags else '--ema 0'}"
         if experiment == "fewer_steps":
             for name, flags in CHEAPER.items():
-                runs[f"steps-{name.replace(' ', '-')}-{seed}"] = f"ddpo.py --reward compress --seed {seed} {flags} --images 64 --epochs 6 --guard 0 --ema 0 --eval-every 3"
+                runs[f"steps-{name.replace(' ', '-')}-{seed}"] = f"ddpo.py --reward compress --seed {seed} {flags} --images 64 --eval-images 32 --epochs 6 --guard 0 --ema 0 --eval-every 3"
     return {name: " ".join(command.split()) for name, command in runs.items()}
 
 
@@ -360,35 +360,31 @@ def draw_overoptimisation(runs, results, out):
 
 
 def draw_fewer_steps(runs, results, out):
+    """Changes are relative to the variant's own pictures before training: with more steps the base model's are a little larger."""
     figure, axes = plots(2, width=5.5, height=4)
-    lines, numbers = ["| variant | kB | seconds an epoch, relative to 10 steps | kB after the seconds that 10 steps took for 6 epochs |",
-                      "| --- | --- | --- | --- |"], {}
-    clocks = {}
+    lines, numbers = ["| variant | kB after 6 epochs | CLIP cosine | time of an epoch | kB in the time of 6 epochs of 10 steps |",
+                      "| --- | --- | --- | --- | --- |"], {}
+    clock = {}  # median seconds of an epoch, without looks
     for variant in CHEAPER:
-        for seed, rows in enumerate(seeds_of(runs, f"steps-{variant.replace(' ', '-')}")):
-            total, curve = 0.0, []
-            for row in rows:
-                total += row.get("seconds", 0)
-                if "eval_reward" in row:
-                    curve.append((total, abs(row["eval_reward"])))
-            clocks[variant, seed] = curve
-    for variant in CHEAPER:
-        curves = [curve for (name, _), curve in clocks.items() if name == variant]
-        if not curves or ("10 steps", 0) not in clocks:
+        logs = seeds_of(runs, f"steps-{variant.replace(' ', '-')}")
+        if not logs:
             continue
-        reference = statistics.mean(curve[-1][0] for (name, _), curve in clocks.items() if name == "10 steps")
-        length = min(map(len, curves))
-        axes[0].plot([statistics.mean(c[i][0] for c in curves) for i in range(length)],
-                     [statistics.mean(c[i][1] for c in curves) for i in range(length)], "o-", ms=3, label=variant)
-        band(axes[1], [list(enumerate(value for _, value in curve)) for curve in curves], variant)
-        size, half = interval(curve[-1][1] for curve in curves)
-        share = statistics.mean(curve[-1][0] for curve in curves) / reference
-        at_equal_time = interval(between(curve, reference) for curve in curves)
-        lines.append(f"| {variant} | {size:.2f} ± {half:.2f} | {share:.2f} | {at_equal_time[0]:.2f} ± {at_equal_time[1]:.2f} |")
-        numbers[variant] = {"kilobytes": size, "half_width_95": half, "relative_seconds": share, "kilobytes_at_equal_time": at_equal_time[0],
+        clock[variant] = statistics.median(row["seconds"] for rows in logs for row in rows if "seconds" in row)
+        if "10 steps" not in clock:
+            break  # nothing to compare with yet
+        share = clock[variant] / clock["10 steps"]
+        looks = [[row for row in rows if "eval_reward" in row] for rows in logs]
+        curves = [[(row["epoch"], 100 * row["eval_reward"] / rows[0]["eval_reward"] - 100) for row in rows] for rows in looks]
+        band(axes[0], [[(epoch * share, change) for epoch, change in curve] for curve in curves], variant)
+        band(axes[1], curves, variant)
+        change, half = interval(curve[-1][1] for curve in curves)
+        at_equal_time, its_half = interval(between(curve, curve[-1][0] / share) for curve in curves)
+        cosine, its = interval(rows[-1]["eval_clip"] - rows[0]["eval_clip"] for rows in looks)
+        lines.append(f"| {variant} | {change:+.1f}% ± {half:.1f} | {cosine:+.3f} ± {its:.3f} | {share:.2f} | {at_equal_time:+.1f}% ± {its_half:.1f} |")
+        numbers[variant] = {"change_percent": change, "half_width_95": half, "relative_seconds": share, "change_percent_at_equal_time": at_equal_time,
                             "seeds": len(curves)}
-    axes[0].set(xlabel="seconds", ylabel="JPEG size (kB)")
-    axes[1].set(xlabel="look (every 3 epochs)", ylabel="JPEG size (kB)")
+    axes[0].set(xlabel="time (epochs of 10 steps)", ylabel="change of the JPEG size (%)")
+    axes[1].set(xlabel="epoch", ylabel="change of the JPEG size (%)")
     axes[0].legend(fontsize=7)
     save_figure(figure, results / "fewer_steps.png")
     return lines, numbers
