@@ -94,12 +94,12 @@ class Config:
     kl: float = 0.0  # weight of the divergence from the base model, see kl_loss
     ema: float = 0.9  # look at, and keep, weights averaged over about 1 / (1 - ema) updates (0: the newest)
     guard: float = 0.6  # how far a watched reward may fall, in standard deviations of the base model's pictures; 0: any depth
-    patience: int = 2  # looks in a row beyond the guard that end the run
+    patience: int = 2  # looks in a row beyond the guard, or no better on --eval-prompts, that end the run
 
     # watching and keeping
     eval_every: int = 1  # epochs between looks at fixed prompts and seeds (always before the first and after the last)
     eval_images: int = 64  # two of a prompt
-    eval_prompts: str = ""  # more sets to look at, such as "animals_held_out,objects"
+    eval_prompts: str = ""  # more sets to look at, such as "animals_held_out,objects"; what is best for them is kept, see guard
     eval_deterministic: bool = False  # look at the training prompts without the sampler's noise, too
     checkpoint_every: int = 1  # epochs
     tracker: str = "none"  # none, tensorboard, wandb

@@ -79,16 +79,21 @@ def guard(rows, config):
 
     A look is *safe* while no watched reward has fallen by more than config.guard standard deviations of the base model's own
     pictures: a unit that means the same for a cosine and for kilobytes. The epoch to keep is the safe one with the highest trained
-    reward; config.patience looks in a row that are not safe end the run. With guard 0, or nothing to watch: (None, False).
+    reward: on the prompts of --eval-prompts where some are given, since what was not trained on cannot be learnt by heart. A run
+    ends after config.patience looks in a row that are not safe or, on such prompts, no better than one before. With guard 0, or
+    nothing to watch and no such prompts: (None, False).
     """
-    names = watched(config)
-    if not config.guard or not names:
+    names, held_out = watched(config), [name for name in config.eval_prompts.split(",") if name]
+    if not config.guard or not (names or held_out):
         return None, False
     looks = [row for row in rows if "eval_reward" in row]
     base, later = looks[0], looks[1:]
     safe = [all(row[f"eval_{name}"] >= base[f"eval_{name}"] - config.guard * base[f"eval_{name}_std"] for name in names) for row in later]
-    kept = max((row for row, fine in zip(later, safe) if fine), key=lambda row: row["eval_reward"], default={"epoch": None})
-    return kept["epoch"], len(safe) >= config.patience and not any(safe[-config.patience:])
+    reward = [sum(row[f"eval_{name}_reward"] for name in held_out) if held_out else row["eval_reward"] for row in later]
+    best = max((i for i in range(len(later)) if safe[i]), key=reward.__getitem__, default=None)
+    late = len(later) - config.patience  # the looks from here on are the ones to be patient with
+    stop = late >= 0 and (not any(safe[late:]) or bool(held_out) and best < late)
+    return None if best is None else later[best]["epoch"], stop
 
 
 def summary(run):
@@ -98,7 +103,8 @@ def summary(run):
     first, kept = looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
     lines = [f"{run.folder}: {run.epoch} epochs; see progress.png and rewards.png there"]
     if stopped:
-        lines.append(f"  stopped: {run.config.watch} has fallen beyond --guard {run.config.guard:g}")
+        lines.append(f"  stopped after --patience {run.config.patience} looks beyond --guard {run.config.guard:g}"
+                     + (", or no better on --eval-prompts" if run.config.eval_prompts else ""))
     if best not in (None, run.epoch):
         lines.append(f"  kept: the weights of epoch {best}; the newest are in {run.folder / 'last'}")
     elif stopped:

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ HERE = Path(__file__).parent
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, two-sided 95 %, by number of seeds
 # "a cat with a guitar", without guidance: then alignment has something to improve, and a step costs half
 CLIP = "--prompts pairs --guidance-scale 1 --images 128 --group-size 16"
-FLAGS = {"clip": f"{CLIP} --lr 1.5e-4 --epochs 30 --eval-every 5 --eval-prompts animal_objects_held_out"}
+FLAGS = {"clip": f"{CLIP} --lr 1.5e-4 --epochs 20 --eval-every 2 --eval-prompts animal_objects_held_out"}
 ALGORITHMS = {"DDPO-IS": "ddpo.py", "DDPO-SF": "ddpo.py --algorithm sf", "RWR": "rwr.py", "RWR-sparse": "rwr.py --weights sparse",
               "RWR-no-reward": "rwr.py --beta 0"}  # the last: what the regression alone does, see rwr.py
 HELD_OUT = {"compress": ["animals", "animals_held_out", "objects"], "clip": ["pairs", "animal_objects", "animal_objects_held_out"]}
@@ -63,7 +64,7 @@ def plan(experiment, seeds):
         for seed in range(seeds):
             for name, script in ALGORITHMS.items():
                 flags = f"{CLIP} --lr {'4e-5' if 'rwr' in script else '1.5e-4'}" if reward == "clip" else "--images 64"
-                runs[f"{reward}-{name}-{seed}"] = f"{script} --reward {reward} --seed {seed} {flags} --epochs 6 --guard 0 --ema 0 --eval-every 6"
+                runs[f"{reward}-{name}-{seed}"] = f"{script} --reward {reward} --seed {seed} {flags} --epochs 5 --warmup 0 --guard 0 --ema 0 --eval-every 5"
     for seed in range(seeds):
         if experiment in ("rewards", "generalisation"):
             for reward in ("compress", "clip", "incompress") if experiment == "rewards" else HELD_OUT:
@@ -191,15 +192,16 @@ def kilobytes(row, reward, view="eval"):
 
 
 def pictures(config, weights, prompts, path, columns=10):
-    """A row a model, the same prompts and seeds in each, sampled as the run with this config does. weights: {label: folder, or
-    (folder, strength)}; None: the base model."""
+    """A row a model, the same prompts and seeds in each, sampled as the run with this config does. weights: {label: folder,
+    (folder, strength) or (folder, strength, guidance_scale)}; folder None: the base model."""
     rows = []
     chosen = [prompts[i * len(prompts) // columns] for i in range(columns)]
     for source in weights.values():
-        folder, strength = source if isinstance(source, tuple) else (source, 1.0)
+        source = source if isinstance(source, tuple) else (source,)
+        folder, strength, guidance_scale = source + (1.0, config.guidance_scale)[len(source) - 1:]
         pipeline = load_pipeline(config.model, lora=folder, lora_scale=strength)
         generators = [seeded(1, i, device=pipeline.device) for i in range(columns)]
-        rows.append(sample_trajectories(pipeline, chosen, config.steps, config.guidance_scale, generator=generators).images)
+        rows.append(sample_trajectories(pipeline, chosen, config.steps, guidance_scale, generator=generators).images)
     picture_grid(rows, list(weights), chosen, cell=112).save(path)
 
 
@@ -245,16 +247,14 @@ def draw_rewards(runs, results, out):
         axis.set_xlabel("pictures sampled")
         axis.legend(fontsize=8)
     save_figure(figure, results / "rewards.png")
-    for reward in ("compress", "incompress", "clip"):
-        if (out / f"{reward}-0" / "unet").exists():  # weights are not kept beside the logs
-            prompts = load_prompts("pairs" if reward == "clip" else "animals")
-            pictures(settings_of(out / f"{reward}-0"), {"before": None, reward: out / f"{reward}-0"}, prompts, results / f"{reward}.png",
-                     columns=min(10, len(prompts)))
+    for reward, prompts in (("compress", "animals"), ("incompress", "animals"), ("clip", "pairs"), ("clip", "animal_objects_held_out")):
+        folder, prompts = out / f"{reward}-0", load_prompts(prompts)
+        if (folder / "unet").exists():  # weights are not kept beside the logs
+            guided = {"before, guided": (None, 1.0, 4.0)} if reward == "clip" else {}
+            path = results / f"{reward}{'' if len(prompts) < 100 else '_held_out'}.png"
+            pictures(settings_of(folder), {"before": None, reward: folder} | guided, prompts, path, columns=min(10, len(prompts)))
     if (out / "compress-2" / "progress.png").exists():
         shutil.copy(out / "compress-2" / "progress.png", results / "progress.png")
-    if (out / "clip-0" / "unet").exists():
-        pictures(settings_of(out / "clip-0"), {"before": None, "clip": out / "clip-0"}, load_prompts("animal_objects_held_out"),
-                 results / "clip_held_out.png")
     return lines, numbers
 
 
@@ -285,13 +285,14 @@ def draw_generalisation(runs, results, out):
     seen = json.loads(path.read_text()) if path.exists() else {}
     for reward, sets in HELD_OUT.items():
         trained = {run: out / run for run in runs if run.startswith(reward + "-") and (out / run / "unet").exists()}
-        for run, folder in ({"base": None} | trained if trained else {}).items():
+        for run, folder in ({"base": None, "guided": None} | trained if trained else {}).items():
+            config = settings_of(next(iter(trained.values())))
             for name in sets:
                 if f"{run} {name}" not in seen:
-                    seen[f"{run} {name}"] = look_at(settings_of(next(iter(trained.values()))), folder, load_prompts(name))
+                    seen[f"{run} {name}"] = look_at(replace(config, guidance_scale=4.0) if run == "guided" else config, folder, load_prompts(name))
     path.write_text(json.dumps(seen, indent=1) + "\n")
     figure, axes = plots(len(HELD_OUT))
-    lines, numbers = ["| reward | prompts | before | after | change |", "| --- | --- | --- | --- | --- |"], {}
+    lines, numbers = ["| reward | prompts | before | after | change | base model, guidance 4 |", "| --- | --- | --- | --- | --- | --- |"], {}
     for axis, (reward, sets) in zip(axes, HELD_OUT.items()):
         for i, name in enumerate(sets):
             before = seen[f"base {name}"][reward]
@@ -301,7 +302,7 @@ def draw_generalisation(runs, results, out):
             change, half = interval((value - before) / abs(before) for value in after)
             axis.bar(i, 100 * change, yerr=100 * half, capsize=4, color=f"C{i}")
             label = f"{name.replace('_', ' ')}{' (trained on)' if i == 0 else ''}"
-            lines.append(f"| {reward} | {label} | {before:.3f} | {statistics.mean(after):.3f} | {change:+.1%} ± {half:.1%} |")
+            lines.append(f"| {reward} | {label} | {before:.3f} | {statistics.mean(after):.3f} | {change:+.1%} ± {half:.1%} | {seen[f'guided {name}'][reward]:.3f} |")
             numbers[f"{reward} {name}"] = {"before": before, "after": after, "change": change, "half_width_95": half}
         axis.set(title=f"{reward}: change of the reward (%)", xticks=range(len(sets)), xticklabels=[name.replace("_", "\n") for name in sets])
     save_figure(figure, results / "generalisation.png")

@@ -16,6 +16,7 @@ scheduler: c_x, c_o, σ, log σ. `ddim_table` computes them once; `ddim_step` ne
 """
 
 import contextlib
+import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -349,13 +350,13 @@ def main(arguments=None):
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", action="append", help='may be repeated (default: "a cat", "a fox", "a butterfly", "a panda")')
-    parser.add_argument("--model", default="models/emoji", help="a pipeline folder in diffusers' layout, or a hub id")
-    parser.add_argument("--lora", help="a run's folder: draws the base model's pictures beside the tuned one's")
+    parser.add_argument("--lora", help="a run's folder: draws the base model's pictures beside the tuned one's, as the run drew them")
+    parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: the run's, or models/emoji)")
     parser.add_argument("--lora-scale", type=float, nargs="+", default=[1.0], help="strengths of what was trained, 0 to 1; several: side by side")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="denoising steps (default: 10 for the emoji model, 50 otherwise)")
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the emoji model, 50 otherwise)")
+    parser.add_argument("--guidance-scale", type=float, help="1 for none (default: the run's, or 4)")
     parser.add_argument("--eta", type=float, default=1.0, help="0: deterministic, 1: as noisy as DDPM")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -363,16 +364,20 @@ def main(arguments=None):
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     args = parser.parse_args(arguments)
     prompts = args.prompt or ["a cat", "a fox", "a butterfly", "a panda"]
-    steps = args.steps if args.steps is not None else 10 if args.model == "models/emoji" else 50
     try:
         if args.images < 1:
             raise ValueError(f"--images {args.images}: must be at least 1")
         if not Path(args.out).parent.is_dir() or Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
-        models = {"base": load_pipeline(args.model, args.device, DTYPES[args.dtype])}
+        settings = Path(args.lora or "") / "config.json"  # of the run
+        run = json.loads(settings.read_text()) if args.lora and settings.exists() else {}
+        model = args.model or run.get("model", "models/emoji")
+        steps = args.steps if args.steps is not None else run.get("steps", 10 if model == "models/emoji" else 50)
+        guidance_scale = args.guidance_scale if args.guidance_scale is not None else run.get("guidance_scale", 4.0)
+        models = {"base": load_pipeline(model, args.device, DTYPES[args.dtype])}
         for scale in args.lora_scale if args.lora else []:
             label = "tuned" if len(args.lora_scale) == 1 else f"x{scale:g}"
-            models[label] = load_pipeline(args.model, args.device, DTYPES[args.dtype], args.lora, scale)
+            models[label] = load_pipeline(model, args.device, DTYPES[args.dtype], args.lora, scale)
         ddim_table(models["base"].scheduler, steps, args.eta)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
@@ -385,7 +390,7 @@ def main(arguments=None):
             pictures = []
             for pipeline in models.values():
                 generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.images)]  # same noise for both
-                pictures.append(sample_trajectories(pipeline, [prompt] * args.images, steps, args.guidance_scale, args.eta,
+                pictures.append(sample_trajectories(pipeline, [prompt] * args.images, steps, guidance_scale, args.eta,
                                                     generators, on_step=bar.update).images)
             rows.append(torch.cat(pictures))
     labels = [f"{name} {args.seed + i}" for name in models for i in range(args.images)]

@@ -11,10 +11,11 @@ TRL needs older libraries, so it has an environment of its own (on a GPU leave t
     python benchmarks/peer_trl.py --table                                    prints the recorded tables again
 
 The same on both sides: model folder, images an epoch, steps, guidance in sampling and in training, every step trained, updates an
-epoch, LoRA (rank 4 on to_q, to_k, to_v, to_out.0, which is what TRL has built in), AdamW, learning rate, precision, threads, images
+epoch, LoRA (rank 4 on to_q, to_k, to_v, to_out.0, which is what TRL has built in), AdamW, learning rate, threads, images
 denoised at once, (picture, step) pairs through the UNet at once (so twice as many rows, with guidance), reward (the JPEG size of
 rewards.py), advantages over the batch; nothing logged or saved while the clock runs. Each side says what went through its UNet, with
-gradients and without; if that differs, there is no comparison. Everything else is each side's default. The first epoch is not counted.
+gradients and without; if that differs, there is no comparison. Precision is each side's default, or with
+--dtype the same. Everything else is each side's default. The first epoch is not counted.
 
 What remains different, on purpose: it is what is compared.
 - ddpo.py draws its pairs from all steps of all pictures of an update; TRL takes train_batch pictures and goes through their steps.
@@ -136,7 +137,8 @@ def main(arguments=None):
     parser.add_argument("--model", help="a folder in diffusers' layout (default: models/emoji)")
     parser.add_argument("--sd15", action="store_true", help="a model of SD 1.5's size with random weights, made in runs/sd15-random")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each side that count")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of both sides (default: bf16 on a GPU, else fp32)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "own"), default="own", help="of both sides; own: what each takes by default, "
+                        "which is bf16 here, and in TRL fp16, or fp32 on a CPU, where its fp16 cannot run (default own)")
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE",
                         help="of both sides: images, sample_batch, train_batch, updates, steps, guidance_scale, lr, seed")
     parser.add_argument("--out", default=str(ROOT / "benchmarks/peer_trl.json"))
@@ -156,10 +158,12 @@ def main(arguments=None):
         from benchmarks.sd15 import build
 
         settings = SD15 | {"model": args.model or str(build(ROOT / "runs/sd15-random"))}
-    settings |= EQUAL | {"dtype": args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")} | dict(args.set)
+    settings |= EQUAL | dict(args.set)
+    dtypes = ("bf16", "fp16" if torch.cuda.is_available() else "fp32") if args.dtype == "own" else (args.dtype, args.dtype)
     if settings["images"] % settings["sample_batch"] or settings["images"] % (settings["updates"] * settings["train_batch"]):
         parser.exit(2, "--set images: must be a multiple of sample_batch, and of updates x train_batch\n")
-    first, rows = take_turns({"ours": launch(settings, script=OUR_WORKER), "TRL": launch(settings, args.trl_python, __file__)}, args.rounds)
+    first, rows = take_turns({"ours": launch(settings | {"dtype": dtypes[0]}, script=OUR_WORKER),
+                              "TRL": launch(settings | {"dtype": dtypes[1]}, args.trl_python, __file__)}, args.rounds)
     if len(rows) < 2:
         sys.exit("one side could not run")
     work = {side: {key: first[side][key] for key in ("rows_sample", "rows_update", "threads")} for side in first}
@@ -172,7 +176,8 @@ def main(arguments=None):
         "command": shlex.join(["python", "benchmarks/peer_trl.py", *words]),  # with the environment's name in this file
         "versions": {"ours": versions("torch", "diffusers", "transformers", "peft"), "TRL": first["TRL"]["versions"]},
         "settings": settings, "work": work, "summary": summarise(rows, settings["images"]), "rounds": rows}  # fmt: skip
-    record_as(args.out, f"{settings['model']}, {settings['dtype']}, {record['device']}", record)
+    name = f"{dtypes[0]} in both" if dtypes[0] == dtypes[1] else f"ours {dtypes[0]}, TRL {dtypes[1]}"
+    record_as(args.out, f"{settings['model']}, {name}, {record['device']}", record)
     print(table(record))
 
 

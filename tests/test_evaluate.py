@@ -45,6 +45,16 @@ def test_one_bad_look_is_forgiven_and_the_reward_decides_among_the_others():
     assert guard(up_and_down, Config(guard=1.0, patience=2)) == (3, False)
 
 
+def test_held_out_prompts_decide_which_look_is_kept_and_end_a_run_that_no_longer_helps_them():
+    looks = [row | {"eval_objects_reward": value} for row, value in zip(rows(range(6), [0.7] * 6), [0, 2, 3, 2, 2.5, 2.9], strict=True)]
+    config = Config(reward="clip", watch="", eval_prompts="objects", patience=3)
+    assert [guard(looks[:n], config) for n in range(1, 7)] == [(None, False), (1, False), (2, False), (2, False), (2, False), (2, True)]
+    looks[-1]["eval_objects_reward"] = 3.5
+    assert guard(looks, config) == (5, False)
+    looks[-1]["eval_clip"] = 0.3  # the best of all, but for what is watched
+    assert guard(looks, Config(eval_prompts="objects", patience=3)) == (2, True)
+
+
 def test_without_a_guard_or_without_anything_to_watch_the_newest_is_kept():
     falling = rows([0, 1, 2, 3], [0.7, 0.1, 0.1, 0.1])
     for config in (Config(guard=0.0), Config(watch=""), Config(reward="clip", watch="clip")):

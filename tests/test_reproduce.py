@@ -57,7 +57,7 @@ def test_tables_and_curves_are_drawn_from_logs_alone(experiment, tmp_path, monke
     for i, name in enumerate(plan(experiment, 2)):
         fake_run(tmp_path / "results/emoji/logs" / name, seed=i)
     held_out = {f"{run} {name}": {"compress": -2.0 - seed, "clip": 0.5} for reward, sets in reproduce.HELD_OUT.items() for name in sets
-                for seed, run in enumerate(("base", f"{reward}-0", f"{reward}-1"))}
+                for seed, run in enumerate(("base", "guided", f"{reward}-0", f"{reward}-1"))}
     (tmp_path / "results/emoji/logs/held_out.json").write_text(json.dumps(held_out))
     reproduce.main([experiment, "--draw", "--seeds", "2"])
     assert (tmp_path / f"results/emoji/{experiment}.png").stat().st_size > 0

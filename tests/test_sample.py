@@ -1,5 +1,6 @@
 """Claims about the sampler: its table and its step are diffusers' DDIM, and its log-probabilities are those of a Gaussian."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -154,6 +155,17 @@ def test_the_command_line_draws_a_grid(tmp_path):
     sample.main(["--prompt", "a cat", "--prompt", "a fox", "--images", "2", "--steps", "2", "--out", str(tmp_path / "grid.png")])
     width, height = Image.open(tmp_path / "grid.png").size
     assert width >= 2 * 96 and height >= 2 * 96
+
+
+def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model": "models/emoji", "steps": 3, "guidance_scale": 1.0}))
+    asked = []
+    monkeypatch.setattr(sample, "load_tuned", lambda *_: None)
+    monkeypatch.setattr(sample, "sample_trajectories", lambda pipeline, prompts, *args, **_: asked.append(args[:2]) or sample.Trajectories(
+        None, None, None, torch.zeros(len(prompts), 3, 64, 64, dtype=torch.uint8), prompts))
+    sample.main(["--lora", str(tmp_path), "--prompt", "a cat", "--out", str(tmp_path / "a.png")])
+    sample.main(["--lora", str(tmp_path), "--prompt", "a cat", "--out", str(tmp_path / "a.png"), "--steps", "2", "--guidance-scale", "5"])
+    assert asked == [(3, 1.0), (3, 1.0), (2, 5.0), (2, 5.0)]
 
 
 @pytest.mark.parametrize("arguments, names", [(["--steps", "0"], "--steps 0"), (["--device", "toaster"], "toaster"), (["--images", "0"], "--images 0"),
