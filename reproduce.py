@@ -250,9 +250,11 @@ def draw_rewards(runs, results, out):
     for reward, prompts in (("compress", "animals"), ("incompress", "animals"), ("clip", "pairs"), ("clip", "animal_objects_held_out")):
         folder, prompts = out / f"{reward}-0", load_prompts(prompts)
         if (folder / "unet").exists():  # weights are not kept beside the logs
-            guided = {"before, guided": (None, 1.0, 4.0)} if reward == "clip" else {}
+            rows = {"before": None, reward: folder}
+            if reward == "clip":
+                rows = {"before": None} | {f"seed {name[-1]}": out / name for name in runs if name.startswith("clip-")} | {"before, guided": (None, 1.0, 4.0)}
             path = results / f"{reward}{'' if len(prompts) < 100 else '_held_out'}.png"
-            pictures(settings_of(folder), {"before": None, reward: folder} | guided, prompts, path, columns=min(10, len(prompts)))
+            pictures(settings_of(folder), rows, prompts, path, columns=min(10, len(prompts)))
     if (out / "compress-2" / "progress.png").exists():
         shutil.copy(out / "compress-2" / "progress.png", results / "progress.png")
     return lines, numbers
@@ -352,7 +354,9 @@ def draw_overoptimisation(runs, results, out):
         strengths = {f"strength {s:g}": (rows["none"], s) for s in (0.25, 0.5, 0.75, 1.0)}
         pictures(config, {"before": None} | strengths, load_prompts("animals"), results / "strength.png")
         turned_down = [look_at(config, rows["none"], load_prompts("animals"), s) | {"strength": s} for s in (0.25, 0.5, 0.75, 1.0)]
-        numbers["strength"] = turned_down
+        (results / "logs" / "strength.json").write_text(json.dumps(turned_down, indent=1) + "\n")
+    if (results / "logs" / "strength.json").exists():
+        numbers["strength"] = turned_down = json.loads((results / "logs" / "strength.json").read_text())
         axes[-1].plot([-point["compress"] for point in turned_down], [point["clip_top1"] for point in turned_down], "x--", color="gray",
                       label="none, at strength 0.25 to 1 (seed 0)")
     axes[-1].legend(fontsize=7)
