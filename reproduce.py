@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -218,14 +219,15 @@ def look_at(config, folder, prompts, strength=1.0):
 def draw_rewards(runs, results, out):
     lines = ["| run | epochs | kB | change | CLIP cosine | top-1 |", "| --- | --- | --- | --- | --- | --- |"]
     numbers = {}
+    runs = {name: runs[name] for reward in ("compress", "incompress", "clip") for name in runs if name.startswith(f"{reward}-")}
     for name, rows in runs.items():
         first, last = kept(name, results / "logs")
-        reward = name.split("-")[0]
+        reward, seed = name.split("-")
         size = [kilobytes(look, reward) for look in (first, last)]
         cosine = [look.get("eval_clip", look["eval_reward"]) for look in (first, last)]
         top1 = [look["eval_clip_top1"] for look in (first, last)]
         change = f"{size[0]:.2f} → {size[1]:.2f} | {size[1] / size[0] - 1:+.0%}" if size[0] else " | "
-        lines.append(f"| `{plan('rewards', 9)[name].removeprefix('ddpo.py ')}` | {last['epoch']} of {rows[-1]['epoch']} | {change} | "
+        lines.append(f"| {reward}, seed {seed} | {last['epoch']} of {rows[-1]['epoch']} | {change} | "
                      f"{cosine[0]:.3f} → {cosine[1]:.3f} | {top1[0]:.2f} → {top1[1]:.2f} |")
         numbers[name] = {"first": first, "kept": last, "seconds": sum(row.get("seconds", 0) + row.get("seconds_eval", 0) for row in rows)}
     figure, (size, recognised, cosine) = plots(3)
@@ -263,20 +265,21 @@ def draw_rewards(runs, results, out):
 def draw_algorithms(runs, results, out):
     rewards = [reward for reward in ("compress", "incompress", "clip") if any(name.startswith(reward + "-") for name in runs)]
     figure, axes = plots(len(rewards))
-    lines, numbers = ["| reward | algorithm | first epoch | last epoch | change |", "| --- | --- | --- | --- | --- |"], {}
+    lines, numbers = ["| reward | algorithm | before | after | change | top-1 |", "| --- | --- | --- | --- | --- | --- |"], {}
     for axis, reward in zip(axes, rewards):
         for algorithm in ALGORITHMS:
             curves = [[(row["images"], row["reward_mean"]) for row in rows if "reward_mean" in row] for rows in seeds_of(runs, f"{reward}-{algorithm}")]
             if not curves:
                 continue
             band(axis, curves, algorithm)
-            looks = [[row["eval_reward"] for row in rows if "eval_reward" in row] for rows in seeds_of(runs, f"{reward}-{algorithm}")]
-            (first, _), (last, half) = interval(look[0] for look in looks), interval(look[-1] for look in looks)
-            lines.append(f"| {reward} | {algorithm} | {first:.3f} | {last:.3f} ± {half:.3f} | {(last - first) / abs(first):+.1%} |")
-            numbers[f"{reward} {algorithm}"] = {"before": first, "after": last, "half_width_95": half, "seeds": len(curves)}
+            looks = [[row for row in rows if "eval_reward" in row] for rows in seeds_of(runs, f"{reward}-{algorithm}")]
+            first, (last, half) = looks[0][0]["eval_reward"], interval(look[-1]["eval_reward"] for look in looks)
+            top1, its_half = interval(look[-1]["eval_clip_top1"] for look in looks)
+            lines.append(f"| {reward} | {algorithm} | {first:.3f} | {last:.3f} ± {half:.3f} | {(last - first) / abs(first):+.1%} | "
+                         f"{looks[0][0]['eval_clip_top1']:.2f} → {top1:.2f} ± {its_half:.2f} |")
+            numbers[f"{reward} {algorithm}"] = {"before": first, "after": last, "half_width_95": half, "top1": top1, "seeds": len(curves)}
         axis.set(title=reward, xlabel="pictures sampled", ylabel="reward of the sampled pictures")
         axis.legend(fontsize=8)
-    lines[0] = "| reward | algorithm | before | after | change |"
     save_figure(figure, results / "algorithms.png")
     return lines, numbers
 
@@ -432,6 +435,7 @@ def main(arguments=None):
     if args.seeds < 1 or args.jobs < 1 or args.minutes < 0:
         parser.exit(2, f"--seeds {args.seeds} --jobs {args.jobs} --minutes {args.minutes:g}: at least 1, 1 and 0\n")
     os.chdir(HERE)  # so that logs hold paths relative to the repository
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))  # and its runs are stopped too
     results, out = Path("results") / Path(args.model).name, Path("runs/reproduce") / Path(args.model).name
     (results / "logs").mkdir(parents=True, exist_ok=True)
     own = "" if args.model == "models/emoji" else f" --model {args.model}"

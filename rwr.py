@@ -16,7 +16,8 @@ a bound. DDPO needs no such thing, since it takes the steps, whose likelihoods a
 
 `--beta 0` is the control: all weights are 1, the reward has no say, and the pictures change all the same. A guided prediction is not
 the denoiser of the pictures that it draws, so fitting it to them moves it: the emoji model's wash out and become smaller files
-(with --no-train-guidance larger ones). What the reward adds is the difference to the control, on `incompress` no less than on `compress`.
+(with --no-train-guidance larger ones). Drawn without guidance, in few steps, they are smoother than the data that the model comes from, so
+each generation is smoother than the last. What the reward adds is the difference to the control (`python reproduce.py algorithms`).
 """
 
 import sys
