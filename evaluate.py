@@ -7,7 +7,7 @@ turns that into a decision: which epoch to keep, and when to stop.
 
 import torch
 
-from prompts import load_prompts
+from prompts import load_prompts, set_names
 from rewards import clip_image_embeddings, clip_top1
 from run_folder import stack_pictures
 from sample import picture_grid
@@ -33,7 +33,7 @@ def look(run, epoch):
     for the same prompts sampled deterministically. Adds a row to progress.png."""
     config = run.config
     views = {"eval": (run.prompts, None)}
-    views |= {f"eval_{name}": (load_prompts(name), None) for name in filter(None, config.eval_prompts.split(","))}
+    views |= {f"eval_{name}": (load_prompts(name), None) for name in set_names(config.eval_prompts)}
     if config.eval_deterministic:
         views["eval_eta0"] = run.prompts, 0.0
     row = {}
@@ -83,16 +83,16 @@ def guard(rows, config):
     ends after config.patience looks in a row that are not safe or, on such prompts, no better than one before. With guard 0, or
     nothing to watch and no such prompts: (None, False).
     """
-    names, held_out = watched(config), [name for name in config.eval_prompts.split(",") if name]
-    if not config.guard or not (names or held_out):
+    names, unseen = watched(config), set_names(config.eval_prompts)
+    if not config.guard or not (names or unseen):
         return None, False
     looks = [row for row in rows if "eval_reward" in row]
     base, later = looks[0], looks[1:]
     safe = [all(row[f"eval_{name}"] >= base[f"eval_{name}"] - config.guard * base[f"eval_{name}_std"] for name in names) for row in later]
-    reward = [sum(row[f"eval_{name}_reward"] for name in held_out) if held_out else row["eval_reward"] for row in later]
+    reward = [sum(row[f"eval_{name}_reward"] for name in unseen) if unseen else row["eval_reward"] for row in later]
     best = max((i for i in range(len(later)) if safe[i]), key=reward.__getitem__, default=None)
     late = len(later) - config.patience  # the looks from here on are the ones to be patient with
-    stop = late >= 0 and (not any(safe[late:]) or bool(held_out) and best < late)
+    stop = late >= 0 and (not any(safe[late:]) or bool(unseen) and best < late)
     return None if best is None else later[best]["epoch"], stop
 
 

@@ -36,6 +36,11 @@ def load_prompts(spec):
     return prompts
 
 
+def set_names(specs):
+    """The sets in a list such as "animals_held_out,objects"; "" has none."""
+    return [name for name in specs.split(",") if name]
+
+
 def sample_prompts(prompts, n, generator=None, group_size=1):
     """n prompts at random, each group_size times in a row. No prompt comes again before all have come once, so the groups of
     a batch have different prompts wherever there are enough. generator: a torch.Generator."""

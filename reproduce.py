@@ -290,8 +290,12 @@ def draw_generalisation(runs, results, out):
     seen = json.loads(path.read_text()) if path.exists() else {}
     for reward, sets in HELD_OUT.items():
         trained = {run: out / run for run in runs if run.startswith(reward + "-") and (out / run / "unet").exists()}
-        for run, folder in ({"base": None, "guided": None} | trained if trained else {}).items():
-            config = settings_of(next(iter(trained.values())))
+        if not trained:
+            continue
+        config = settings_of(next(iter(trained.values())))
+        # with guidance 4 the base model is the guided one
+        untrained = {"base": None} if config.guidance_scale == 4.0 else {"base": None, "guided": None}
+        for run, folder in (untrained | trained).items():
             for name in sets:
                 if f"{run} {name}" not in seen:
                     seen[f"{run} {name}"] = look_at(replace(config, guidance_scale=4.0) if run == "guided" else config, folder, load_prompts(name))
@@ -307,7 +311,7 @@ def draw_generalisation(runs, results, out):
             change, half = interval((value - before) / abs(before) for value in after)
             axis.bar(i, 100 * change, yerr=100 * half, capsize=4, color=f"C{i}")
             label = f"{name.replace('_', ' ')}{' (trained on)' if i == 0 else ''}"
-            lines.append(f"| {reward} | {label} | {before:.3f} | {statistics.mean(after):.3f} | {change:+.1%} ± {half:.1%} | {seen[f'guided {name}'][reward]:.3f} |")
+            lines.append(f"| {reward} | {label} | {before:.3f} | {statistics.mean(after):.3f} | {change:+.1%} ± {half:.1%} | {seen.get(f'guided {name}', seen[f'base {name}'])[reward]:.3f} |")
             numbers[f"{reward} {name}"] = {"before": before, "after": after, "change": change, "half_width_95": half}
         axis.set(title=f"{reward}: change of the reward (%)", xticks=range(len(sets)), xticklabels=[name.replace("_", "\n") for name in sets])
     save_figure(figure, results / "generalisation.png")

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from prompts import set_names
+
 
 def write_whole(path, text):
     """Under a temporary name, then renamed: a kill leaves the old file or the new one."""
@@ -95,7 +97,7 @@ def plot_rewards(rows, config, path):
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 
-    views = ["eval", *(f"eval_{name}" for name in config.eval_prompts.split(",") if name)] + ["eval_eta0"] * config.eval_deterministic
+    views = ["eval", *(f"eval_{name}" for name in set_names(config.eval_prompts))] + ["eval_eta0"] * config.eval_deterministic
     metrics = [key.removeprefix("eval_") for key in rows[0] if key.startswith("eval_") and not key.endswith("_std")
                and not any(key.startswith(view + "_") for view in views[1:])]
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.2), squeeze=False)

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from prompts import load_prompts, sample_prompts
+from prompts import load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (load_checkpoint, open_tracker, plot_rewards, read_metrics, save_checkpoint, save_weights, write_whole)
 from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline, picture_grid,
@@ -151,7 +151,7 @@ def start(config, resume=False):
 
     # everything that can be refused is tried before the folder is made
     prompts, parts = load_prompts(config.prompts), parse_reward(config.reward)
-    for name in filter(None, config.eval_prompts.split(",")):
+    for name in set_names(config.eval_prompts):
         load_prompts(name)
     rewards = {name: get_reward(name, device) for name in [*parts, *watched(config)]}
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)  # what is trained is float32
