@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[1]
 
 def save_pipeline(folder, prediction_type="epsilon", unet_class=UNet2DConditionModel, **unet_settings):
     torch.manual_seed(0)
-    unet = unet_class(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
-                      down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-                      cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8, **unet_settings)
+    unet = unet_class(**dict(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64), cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=8, norm_num_groups=8) | unet_settings)
     vae = AutoencoderKL(block_out_channels=(16, 32), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
                         latent_channels=4, norm_num_groups=8)
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models/emoji/tokenizer")

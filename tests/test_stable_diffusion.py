@@ -60,6 +60,22 @@ def test_what_saves_memory_leaves_the_update_as_it_is(epsilon_model, tmp_path, s
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiling_changes_no_gradient_and_sampling_still_rounds_as_training_does(tmp_path):
+    model = save_pipeline(tmp_path / "model", down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)  # little to compile
+    gradients = []
+    for compiled in (False, True):
+        run = start(ddpo.check(Config(model=model, out=str(tmp_path), name=f"compiled-{compiled}", **SMALL | dict(
+            compile=compiled, dtype="bf16", lora_rank=0))))
+        output = predict(run.pipeline.unet, *inputs(run), run.dtype)
+        with torch.no_grad():
+            assert torch.equal(output, predict(run.pipeline.unet, *inputs(run), run.dtype))
+        output.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in run.parameters]))
+    eager, compiled = gradients
+    assert (compiled - eager).norm() < 0.02 * eager.norm()  # bf16
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(epsilon_model):
     gradients = []
     for checkpointing in (False, True):
