@@ -49,16 +49,19 @@ EQUAL = dict(reward="compress", watch="", prompts="animals", advantages="batch",
              epochs=10**6, eval_every=10**6, checkpoint_every=10**6)  # epochs and nothing else, until told to end
 
 
-def count_rows(rows):
-    """A hook that counts what goes through any UNet: rows[False] without gradients, rows[True] with. The work of both sides of
-    a comparison is what this says, not what their settings seem to say."""
+def count_rows(unet):
+    """[rows without gradients, rows with] that go through a UNet from now on. The work of both sides of a comparison is what
+    this says, not what their settings seem to say."""
     import torch
 
-    def count(module, inputs, output):
-        if type(module).__name__ == "UNet2DConditionModel":
-            rows[torch.is_grad_enabled()] += len(output[0])
+    rows = [0, 0]
 
-    return torch.nn.modules.module.register_module_forward_hook(count)
+    @torch.compiler.disable  # a compiled UNet would be compiled again for each new count
+    def count(module, inputs, output):
+        rows[torch.is_grad_enabled()] += len(output[0])
+
+    unet.register_forward_hook(count)
+    return rows
 
 
 def worker(settings):
@@ -68,14 +71,11 @@ def worker(settings):
 
     import ddpo
 
-    attention, rows = settings.pop("attention", None), [0, 0]
-    hook = count_rows(rows)
+    attention = settings.pop("attention", None)
 
     def turn(row, epoch):  # ddpo.py calls a tracker between epochs, when no clock runs
         if epoch:
             print(json.dumps(row | {"rows_sample": rows[0], "rows_update": rows[1], "threads": torch.get_num_threads()}), flush=True)
-        if epoch == 1:
-            hook.remove()  # the epochs that count run without it
         if not sys.stdin.readline():
             sys.exit()  # nobody waits for another epoch
         rows[:] = 0, 0
@@ -86,7 +86,7 @@ def worker(settings):
     with tempfile.TemporaryDirectory() as folder:
         config = ddpo.Config(**EQUAL | settings, eval_images=settings["sample_batch"], out=folder)
         run = ddpo.start(ddpo.check(config))
-        run.track = turn
+        run.track, rows = turn, count_rows(run.pipeline.unet)
         if attention:
             run.pipeline.unet.set_attn_processor(getattr(attention_processor, ATTENTION[attention])())
         ddpo.fit(run)

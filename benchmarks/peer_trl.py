@@ -7,6 +7,7 @@ TRL needs older libraries, so it has an environment of its own (on a GPU leave t
     trl-env/bin/pip install "trl==0.23.1" "diffusers<0.36" "transformers<5" "datasets<5" peft
 
     python benchmarks/peer_trl.py --trl-python trl-env/bin/python            the emoji model (seven minutes on two CPU cores)
+    python benchmarks/peer_trl.py --trl-python trl-env/bin/python --compile  ours compiled by torch.compile, which TRL does not offer
     python benchmarks/peer_trl.py --trl-python trl-env/bin/python --sd15     a model of Stable Diffusion 1.5's size, on a GPU
     python benchmarks/peer_trl.py --table                                    prints the recorded tables again
 
@@ -72,10 +73,10 @@ def trl_worker(settings):
         lambda: (random.choice(prompts), {}), DefaultDDPOStableDiffusionPipeline(settings["model"], use_lora=True))  # fmt: skip
     trainer.sd_pipeline.set_progress_bar_config(disable=True)  # TRL draws a bar of the steps
 
-    seconds, rows = {}, [0, 0]
+    seconds, rows = {}, count_rows(trainer.sd_pipeline.unet)
     for key, method in (("seconds_sample", "_generate_samples"), ("seconds_reward", "compute_rewards"), ("seconds_update", "_train_batched_samples")):
         setattr(trainer, method, timed(getattr(trainer, method), key, seconds))
-    hook, step, global_step = count_rows(rows), timed(trainer.step, "seconds", seconds), 0
+    step, global_step = timed(trainer.step, "seconds", seconds), 0
     for epoch in itertools.count(1):
         if not sys.stdin.readline():
             return  # nobody waits for another epoch
@@ -88,7 +89,6 @@ def trl_worker(settings):
         if torch.cuda.is_available():
             row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         if epoch == 1:
-            hook.remove()  # the epochs that count run without it
             row["versions"] = versions("torch", "trl", "diffusers", "transformers", "peft", "accelerate")
         print(json.dumps(row), flush=True)
 
@@ -139,6 +139,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each side that count")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "own"), default="own", help="of both sides; own: what each takes by default, "
                         "which is bf16 here, and in TRL fp16, or fp32 on a CPU, where its fp16 cannot run (default own)")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile: minutes more")
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE",
                         help="of both sides: images, sample_batch, train_batch, updates, steps, guidance_scale, lr, seed")
     parser.add_argument("--out", default=str(ROOT / "benchmarks/peer_trl.json"))
@@ -162,7 +163,7 @@ def main(arguments=None):
     dtypes = ("bf16", "fp16" if torch.cuda.is_available() else "fp32") if args.dtype == "own" else (args.dtype, args.dtype)
     if settings["images"] % settings["sample_batch"] or settings["images"] % (settings["updates"] * settings["train_batch"]):
         parser.exit(2, "--set images: must be a multiple of sample_batch, and of updates x train_batch\n")
-    first, rows = take_turns({"ours": launch(settings | {"dtype": dtypes[0]}, script=OUR_WORKER),
+    first, rows = take_turns({"ours": launch(settings | {"dtype": dtypes[0], "compile": args.compile}, script=OUR_WORKER),
                               "TRL": launch(settings | {"dtype": dtypes[1]}, args.trl_python, __file__)}, args.rounds)
     if len(rows) < 2:
         sys.exit("one side could not run")
@@ -175,9 +176,10 @@ def main(arguments=None):
     record = machine() | {
         "command": shlex.join(["python", "benchmarks/peer_trl.py", *words]),  # with the environment's name in this file
         "versions": {"ours": versions("torch", "diffusers", "transformers", "peft"), "TRL": first["TRL"]["versions"]},
-        "settings": settings, "work": work, "summary": summarise(rows, settings["images"]), "rounds": rows}  # fmt: skip
+        "settings": settings, "dtype": dict(zip(("ours", "TRL"), dtypes)), "compile": args.compile, "work": work,
+        "summary": summarise(rows, settings["images"]), "rounds": rows}  # fmt: skip
     name = f"{dtypes[0]} in both" if dtypes[0] == dtypes[1] else f"ours {dtypes[0]}, TRL {dtypes[1]}"
-    record_as(args.out, f"{settings['model']}, {name}, {record['device']}", record)
+    record_as(args.out, f"{settings['model']}, {name}{', ours compiled' * args.compile}, {record['device']}", record)
     print(table(record))
 
 
