@@ -474,7 +474,8 @@ def main(arguments=None, script=sys.modules[__name__]):
         sys.exit(str(error))
     except KeyboardInterrupt:
         folder = Path(config.out) / config.name if config else None
-        print(f"\nstopped; go on with: python {Path(script.__file__).name} --resume {folder}" if folder and folder.exists() else "\nstopped", file=sys.stderr, flush=True)
+        way_on = f"; go on with: python {Path(script.__file__).name} --resume {folder}" if folder and folder.exists() else ""
+        print(f"\nstopped{way_on}", file=sys.stderr, flush=True)
         os._exit(130)  # without waiting for a reward that is being computed: the disk already holds all that is needed
     finally:
         if dist.is_initialized():

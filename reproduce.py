@@ -8,9 +8,9 @@
     python reproduce.py --draw             all tables and pictures again, from the logs that are there
 
 Runs are shared between experiments, go on where they were interrupted, and are not run again once finished. --jobs 2 runs two at
-a time on half of the cores each, which gets more done than one on all of them; `fewer_steps` compares times, so nothing else should run beside it.
-Left in results/<model>/: logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table (.md), its numbers (.json)
-and pictures. The shipped model's tables are also put into the README, between its markers.
+a time on half of the cores each, which gets more done than one on all of them; `fewer_steps` compares times, so nothing else
+should run beside it. Left in results/<model>/: logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table (.md),
+its numbers (.json) and pictures. The shipped model's tables are also put into the README, between its markers.
 """
 
 import argparse
@@ -52,9 +52,14 @@ PREVENTIONS = {  # past the optimum: --patience 99 keeps the best look within th
     "mixture": "--reward compress:0.5,clip:1",
 }
 CHEAPER = {
-    "10 steps": "", "20 steps": "--steps 20", "50 steps": "--steps 50 --timestep-fraction 0.4",
-    "all trained": "--train-first 1", "half at random": "--train-first 1 --timestep-fraction 0.5", "last two dropped": "--train-first 0.8 --timestep-fraction 0.625",
-    "equal weights": "--train-first 1 --timestep-fraction 0.5 --step-weights equal", "window of 5": "--window 0:5 --train-first 1",
+    "10 steps": "",
+    "20 steps": "--steps 20",
+    "50 steps": "--steps 50 --timestep-fraction 0.4",
+    "all trained": "--train-first 1",
+    "half at random": "--train-first 1 --timestep-fraction 0.5",
+    "last two dropped": "--train-first 0.8 --timestep-fraction 0.625",
+    "equal weights": "--train-first 1 --timestep-fraction 0.5 --step-weights equal",
+    "window of 5": "--window 0:5 --train-first 1",
 }
 
 
@@ -65,17 +70,21 @@ def plan(experiment, seeds):
         for seed in range(seeds):
             for name, script in ALGORITHMS.items():
                 flags = f"{CLIP} --lr {'4e-5' if 'rwr' in script else '1.5e-4'}" if reward == "clip" else "--images 64"
-                runs[f"{reward}-{name}-{seed}"] = f"{script} --reward {reward} --seed {seed} {flags} --epochs 5 --warmup 0 --guard 0 --ema 0 --eval-every 5"
+                runs[f"{reward}-{name}-{seed}"] = (f"{script} --reward {reward} --seed {seed} {flags} --epochs 5 --warmup 0 --guard 0 --ema 0 "
+                                                   "--eval-every 5")
     for seed in range(seeds):
         if experiment in ("rewards", "generalisation"):
             for reward in ("compress", "clip", "incompress") if experiment == "rewards" else HELD_OUT:
                 runs[f"{reward}-{seed}"] = f"ddpo.py --reward {reward} --seed {seed} {FLAGS.get(reward, '')}"
         if experiment == "overoptimisation":
             for name, flags in PREVENTIONS.items():
-                runs[f"over-{name}-{seed}"] = f"ddpo.py {flags} --seed {seed} --images 64 --lr 1.5e-4 --epochs 12 --eval-every 2 --patience 99 {'' if 'ema' in flags else '--ema 0'}"
+                newest = "" if "ema" in flags else "--ema 0"
+                runs[f"over-{name}-{seed}"] = (f"ddpo.py {flags} --seed {seed} --images 64 --lr 1.5e-4 --epochs 12 --eval-every 2 "
+                                               f"--patience 99 {newest}")
         if experiment == "fewer_steps":
             for name, flags in CHEAPER.items():
-                runs[f"steps-{name.replace(' ', '-')}-{seed}"] = f"ddpo.py --reward compress --seed {seed} {flags} --images 64 --eval-images 32 --epochs 6 --guard 0 --ema 0 --eval-every 3"
+                runs[f"steps-{name.replace(' ', '-')}-{seed}"] = (f"ddpo.py --reward compress --seed {seed} {flags} --images 64 --eval-images 32 "
+                                                                  "--epochs 6 --guard 0 --ema 0 --eval-every 3")
     return {name: " ".join(command.split()) for name, command in runs.items()}
 
 
@@ -180,7 +189,8 @@ def band(axis, curves, label):
     middle, half = zip(*[interval(curve[i][1] for curve in curves) for i in range(length)])
     line, = axis.plot(xs, middle, "o-", ms=3, label=label)
     if len(curves) > 1:
-        axis.fill_between(xs, [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)], color=line.get_color(), alpha=0.15, lw=0)
+        low, high = [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)]
+        axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, lw=0)
 
 
 def seeds_of(runs, stem):
@@ -254,7 +264,8 @@ def draw_rewards(runs, results, out):
         if (folder / "unet").exists():  # weights are not kept beside the logs
             rows = {"before": None, reward: folder}
             if reward == "clip":
-                rows = {"before": None} | {f"seed {name[-1]}": out / name for name in runs if name.startswith("clip-")} | {"before, guided": (None, 1.0, 4.0)}
+                seeds = {f"seed {name[-1]}": out / name for name in runs if name.startswith("clip-")}
+                rows = {"before": None} | seeds | {"before, guided": (None, 1.0, 4.0)}
             path = results / f"{reward}{'' if len(prompts) < 100 else '_held_out'}.png"
             pictures(settings_of(folder), rows, prompts, path, columns=min(10, len(prompts)))
     if (out / "compress-2" / "progress.png").exists():
@@ -268,11 +279,12 @@ def draw_algorithms(runs, results, out):
     lines, numbers = ["| reward | algorithm | before | after | change | top-1 |", "| --- | --- | --- | --- | --- | --- |"], {}
     for axis, reward in zip(axes, rewards):
         for algorithm in ALGORITHMS:
-            curves = [[(row["images"], row["reward_mean"]) for row in rows if "reward_mean" in row] for rows in seeds_of(runs, f"{reward}-{algorithm}")]
-            if not curves:
+            logs = seeds_of(runs, f"{reward}-{algorithm}")
+            if not logs:
                 continue
+            curves = [[(row["images"], row["reward_mean"]) for row in rows if "reward_mean" in row] for rows in logs]
             band(axis, curves, algorithm)
-            looks = [[row for row in rows if "eval_reward" in row] for rows in seeds_of(runs, f"{reward}-{algorithm}")]
+            looks = [[row for row in rows if "eval_reward" in row] for rows in logs]
             first, (last, half) = looks[0][0]["eval_reward"], interval(look[-1]["eval_reward"] for look in looks)
             top1, its_half = interval(look[-1]["eval_clip_top1"] for look in looks)
             lines.append(f"| {reward} | {algorithm} | {first:.3f} | {last:.3f} ± {half:.3f} | {(last - first) / abs(first):+.1%} | "
@@ -298,7 +310,8 @@ def draw_generalisation(runs, results, out):
         for run, folder in (untrained | trained).items():
             for name in sets:
                 if f"{run} {name}" not in seen:
-                    seen[f"{run} {name}"] = look_at(replace(config, guidance_scale=4.0) if run == "guided" else config, folder, load_prompts(name))
+                    how = replace(config, guidance_scale=4.0) if run == "guided" else config
+                    seen[f"{run} {name}"] = look_at(how, folder, load_prompts(name))
     path.write_text(json.dumps(seen, indent=1) + "\n")
     figure, axes = plots(len(HELD_OUT))
     lines, numbers = ["| reward | prompts | before | after | change | base model, guidance 4 |", "| --- | --- | --- | --- | --- | --- |"], {}
@@ -311,7 +324,8 @@ def draw_generalisation(runs, results, out):
             change, half = interval((value - before) / abs(before) for value in after)
             axis.bar(i, 100 * change, yerr=100 * half, capsize=4, color=f"C{i}")
             label = f"{name.replace('_', ' ')}{' (trained on)' if i == 0 else ''}"
-            lines.append(f"| {reward} | {label} | {before:.3f} | {statistics.mean(after):.3f} | {change:+.1%} ± {half:.1%} | {seen.get(f'guided {name}', seen[f'base {name}'])[reward]:.3f} |")
+            guided = seen.get(f"guided {name}", seen[f"base {name}"])[reward]
+            lines.append(f"| {reward} | {label} | {before:.3f} | {statistics.mean(after):.3f} | {change:+.1%} ± {half:.1%} | {guided:.3f} |")
             numbers[f"{reward} {name}"] = {"before": before, "after": after, "change": change, "half_width_95": half}
         axis.set(title=f"{reward}: change of the reward (%)", xticks=range(len(sets)), xticklabels=[name.replace("_", "\n") for name in sets])
     save_figure(figure, results / "generalisation.png")
@@ -373,8 +387,8 @@ def draw_overoptimisation(runs, results, out):
 
 def draw_fewer_steps(runs, results, out):
     """Changes are relative to the variant's own pictures before training: with more steps the base model's are a little larger."""
-    figure, axes = plots(2, width=5.5, height=4)
-    lines, numbers = ["| variant | kB after 6 epochs | CLIP cosine | time of an epoch | kB in the time of 6 epochs of 10 steps |",
+    figure, (curve_axis, bar_axis) = plots(2, width=5.5, height=4)
+    lines, numbers = ["| variant | size after 6 epochs | CLIP cosine | time of an epoch | size after the time of the first row |",
                       "| --- | --- | --- | --- | --- |"], {}
     clock = {}  # median seconds of an epoch, without looks
     for variant in CHEAPER:
@@ -387,17 +401,19 @@ def draw_fewer_steps(runs, results, out):
         share = clock[variant] / clock["10 steps"]
         looks = [[row for row in rows if "eval_reward" in row] for rows in logs]
         curves = [[(row["epoch"], 100 * row["eval_reward"] / rows[0]["eval_reward"] - 100) for row in rows] for rows in looks]
-        band(axes[0], [[(epoch * share, change) for epoch, change in curve] for curve in curves], variant)
-        band(axes[1], curves, variant)
+        times, changes = zip(*[(point[0][0] * share, statistics.mean(change for _, change in point)) for point in zip(*curves)])
+        curve_axis.plot(times, changes, "o-", ms=3, label=variant)
         change, half = interval(curve[-1][1] for curve in curves)
         at_equal_time, its_half = interval(between(curve, curve[-1][0] / share) for curve in curves)
+        bar_axis.barh(variant, at_equal_time, xerr=its_half, capsize=3)
         cosine, its = interval(rows[-1]["eval_clip"] - rows[0]["eval_clip"] for rows in looks)
         lines.append(f"| {variant} | {change:+.1f}% ± {half:.1f} | {cosine:+.3f} ± {its:.3f} | {share:.2f} | {at_equal_time:+.1f}% ± {its_half:.1f} |")
-        numbers[variant] = {"change_percent": change, "half_width_95": half, "relative_seconds": share, "change_percent_at_equal_time": at_equal_time,
-                            "seeds": len(curves)}
-    axes[0].set(xlabel="time (epochs of 10 steps)", ylabel="change of the JPEG size (%)")
-    axes[1].set(xlabel="epoch", ylabel="change of the JPEG size (%)")
-    axes[0].legend(fontsize=7)
+        numbers[variant] = {"change_percent": change, "half_width_95": half, "relative_seconds": share,
+                            "change_percent_at_equal_time": at_equal_time, "seeds": len(curves)}
+    curve_axis.set(title="6 epochs of each, mean of the seeds", xlabel="time (epochs of 10 steps)", ylabel="change of the JPEG size (%)")
+    bar_axis.set(title="after the time of 6 epochs of 10 steps", xlabel="change of the JPEG size (%), 95 % interval")
+    bar_axis.invert_yaxis()
+    curve_axis.legend(fontsize=7)
     save_figure(figure, results / "fewer_steps.png")
     return lines, numbers
 

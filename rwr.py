@@ -144,7 +144,8 @@ def fit(run):
 
     if run.rank == 0:
         print(f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, {updates} updates of {pairs} "
-              f"(picture, t, ε) each; {sum(p.numel() for p in run.parameters) / 1e6:.2f} M parameters at lr {config.lr:g}, {config.dtype}", flush=True)
+              f"(picture, t, ε) each; {sum(p.numel() for p in run.parameters) / 1e6:.2f} M parameters at lr {config.lr:g}, {config.dtype}",
+              flush=True)
     if run.epoch == 0:
         log(run, {"epoch": 0, "images": 0} | look(run, 0))
     best, stop = guard(run.rows, config)

@@ -18,6 +18,7 @@ scheduler: c_x, c_o, σ, log σ. `ddim_table` computes them once; `ddim_step` ne
 import contextlib
 import json
 import os
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,8 @@ def ddim_scheduler(scheduler):
 def ddim_table(scheduler, num_steps, eta=1.0):
     """(timesteps (T,) int64, table (T, 4) float32): per step c_x, c_o, σ, log σ, so that μ = c_x x + c_o output.
 
-    eta: one for all steps, or one for each, (T,). Where σ = 0 (all steps at eta 0; the last one of a scheduler with set_alpha_to_one) log σ is -inf: a deterministic step.
+    eta: one for all steps, or one for each, (T,). Where σ = 0 (all steps at eta 0; the last one of a scheduler with set_alpha_to_one)
+    log σ is -inf: a deterministic step.
     Raises ValueError for steps the schedule does not have, an eta with 1−ᾱ'−σ² < 0, or a step that is not affine.
     """
     scheduler = ddim_scheduler(scheduler)  # a copy: set_timesteps leaves marks
@@ -193,7 +195,8 @@ def ddim_step(output, latents, coefficients, next_latents=None, generator=None, 
 
     output: what the network predicted, (B, C, H, W); with a guidance_scale (2B, C, H, W), unconditional half first.
     coefficients: a row of `ddim_table`, (4,), or one for each sample, (B, 4), on the latents' device.
-    noise: what to draw with; or a generator to draw it: one, or a list of one for each sample. log_prob is a mean over C, H, W, and 0 where σ is 0.
+    noise: what to draw with; or a generator to draw it: one, or a list of one for each sample. log_prob is a mean over C, H, W, and 0
+    where σ is 0.
     """
     if next_latents is None and noise is None:
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
@@ -328,14 +331,15 @@ def picture_grid(rows, row_labels=None, column_labels=None, cell=None):
     cell = cell or max(96, rows[0].shape[-1] // 2)
     font = ImageFont.load_default(size=max(12, cell // 8))
     left = 12 + max((int(font.getlength(label)) for label in row_labels), default=0) if row_labels else 0
-    top = cell // 5 if column_labels else 0
+    # as many letters in a line as have room in a cell, at this label's average width
+    titles = [textwrap.wrap(label, max(1, int(0.95 * cell * len(label) / (font.getlength(label) or 1))), max_lines=2, placeholder="…")
+              for label in column_labels or []]
+    top = cell // 6 * max(map(len, titles), default=0)
     columns = max(len(row) for row in rows)
     grid = Image.new("RGB", (left + columns * (cell + 2), top + len(rows) * (cell + 2)), "white")
     draw = ImageDraw.Draw(grid)
-    for j, label in enumerate(column_labels or []):
-        while font.getlength(label) > cell and len(label) > 1:
-            label = label[:-2] + "…" if label.endswith("…") else label[:-1] + "…"
-        draw.text((left + j * (cell + 2) + cell // 2, top // 2), label, "black", font, anchor="mm")
+    for j, lines in enumerate(titles):
+        draw.text((left + j * (cell + 2) + cell // 2, top // 2), "\n".join(lines), "black", font, anchor="mm", align="center")
     for i, row in enumerate(rows):
         if row_labels:
             draw.text((left - 6, top + i * (cell + 2) + cell // 2), row_labels[i], "black", font, anchor="rm")
