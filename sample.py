@@ -16,6 +16,7 @@ scheduler: c_x, c_o, σ, log σ. `ddim_table` computes them once; `ddim_step` ne
 """
 
 import contextlib
+import itertools
 import json
 import os
 import textwrap
@@ -326,23 +327,28 @@ class GraphedStep:
         return tuple(value.clone() for value in outputs)
 
 
+def wrapped(label, font, width, lines):
+    """The label in at most so many lines of as many letters as have room, at its average letter's width."""
+    letters = int(0.95 * width * len(label) / (font.getlength(label) or 1))
+    return "\n".join(textwrap.wrap(label, max(1, letters), max_lines=lines, placeholder="…"))
+
+
 def picture_grid(rows, row_labels=None, column_labels=None, cell=None):
     """A PIL picture: rows is a list of (columns, 3, H, W) uint8 tensors; labels stand on the left and on top."""
     cell = cell or max(96, rows[0].shape[-1] // 2)
     font = ImageFont.load_default(size=max(12, cell // 8))
-    left = 12 + max((int(font.getlength(label)) for label in row_labels), default=0) if row_labels else 0
-    # as many letters in a line as have room in a cell, at this label's average width
-    titles = [textwrap.wrap(label, max(1, int(0.95 * cell * len(label) / (font.getlength(label) or 1))), max_lines=2, placeholder="…")
-              for label in column_labels or []]
-    top = cell // 6 * max(map(len, titles), default=0)
+    names = [wrapped(label, font, 2 * cell, 4) for label in row_labels or []]
+    titles = [wrapped(label, font, cell, 2) for label in column_labels or []]
+    left = 12 + max(int(font.getlength(line)) for name in names for line in name.split("\n")) if names else 0
+    top = cell // 6 * max(title.count("\n") + 1 for title in titles) if titles else 0
     columns = max(len(row) for row in rows)
     grid = Image.new("RGB", (left + columns * (cell + 2), top + len(rows) * (cell + 2)), "white")
     draw = ImageDraw.Draw(grid)
-    for j, lines in enumerate(titles):
-        draw.text((left + j * (cell + 2) + cell // 2, top // 2), "\n".join(lines), "black", font, anchor="mm", align="center")
+    for j, title in enumerate(titles):
+        draw.text((left + j * (cell + 2) + cell // 2, top // 2), title, "black", font, anchor="mm", align="center")
     for i, row in enumerate(rows):
-        if row_labels:
-            draw.text((left - 6, top + i * (cell + 2) + cell // 2), row_labels[i], "black", font, anchor="rm")
+        if names:
+            draw.text((left - 6, top + i * (cell + 2) + cell // 2), names[i], "black", font, anchor="rm", align="right")
         for j, image in enumerate(row):
             picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((cell, cell), Image.Resampling.LANCZOS)
             grid.paste(picture, (left + j * (cell + 2), top + i * (cell + 2)))
@@ -354,9 +360,10 @@ def main(arguments=None):
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", action="append", help='may be repeated (default: "a cat", "a fox", "a butterfly", "a panda")')
-    parser.add_argument("--lora", help="a run's folder: draws the base model's pictures beside the tuned one's, as the run drew them")
+    parser.add_argument("--lora", help="a run's folder: the base model's pictures and, below, the tuned one's, as the run drew them")
     parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: the run's, or models/emoji)")
-    parser.add_argument("--lora-scale", type=float, nargs="+", default=[1.0], help="strengths of what was trained, 0 to 1; several: side by side")
+    parser.add_argument("--lora-scale", type=float, nargs="+", default=[1.0],
+                        help="strengths of what was trained, 0 to 1; several: one below the other")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the emoji model, 50 otherwise)")
@@ -380,7 +387,7 @@ def main(arguments=None):
         guidance_scale = args.guidance_scale if args.guidance_scale is not None else run.get("guidance_scale", 4.0)
         models = {"base": load_pipeline(model, args.device, DTYPES[args.dtype])}
         for scale in args.lora_scale if args.lora else []:
-            label = "tuned" if len(args.lora_scale) == 1 else f"x{scale:g}"
+            label = "tuned" if len(args.lora_scale) == 1 else f"strength {scale:g}"
             models[label] = load_pipeline(model, args.device, DTYPES[args.dtype], args.lora, scale)
         ddim_table(models["base"].scheduler, steps, args.eta)
     except ValueError as error:
@@ -388,17 +395,13 @@ def main(arguments=None):
 
     from tqdm import tqdm
 
-    rows = []
+    rows = {}
     with tqdm(total=len(prompts) * len(models) * steps, desc="sampling") as bar:
-        for prompt in prompts:
-            pictures = []
-            for pipeline in models.values():
-                generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.images)]  # same noise for both
-                pictures.append(sample_trajectories(pipeline, [prompt] * args.images, steps, guidance_scale, args.eta,
-                                                    generators, on_step=bar.update).images)
-            rows.append(torch.cat(pictures))
-    labels = [f"{name} {args.seed + i}" for name in models for i in range(args.images)]
-    picture_grid(rows, prompts, labels).save(args.out)
+        for prompt, (name, pipeline) in itertools.product(prompts, models.items()):
+            generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.images)]  # the same noise down a column
+            rows[f"{name}: {prompt}" if args.lora else prompt] = sample_trajectories(
+                pipeline, [prompt] * args.images, steps, guidance_scale, args.eta, generators, on_step=bar.update).images
+    picture_grid([*rows.values()], [*rows], [f"seed {args.seed + i}" for i in range(args.images)]).save(args.out)
     print(f"{args.out}: {len(prompts)} prompts, seeds {args.seed} to {args.seed + args.images - 1}")
 
 

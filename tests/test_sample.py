@@ -157,6 +157,20 @@ def test_the_command_line_draws_a_grid(tmp_path):
     assert width >= 2 * 96 and height >= 2 * 96
 
 
+def test_labels_are_wrapped_and_a_seed_keeps_its_column_when_strengths_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_tuned", lambda *_: None)
+    drawn = []
+    grid = sample.picture_grid
+    monkeypatch.setattr(sample, "picture_grid", lambda *arguments: drawn.append(arguments) or grid(*arguments))
+    sample.main(["--lora", str(tmp_path), "--lora-scale", "0.5", "1", "--prompt", "a cat", "--prompt", "a fox", "--images", "2", "--steps", "2",
+                 "--out", str(tmp_path / "grid.png")])
+    (rows, names, titles), = drawn
+    assert names == [f"{model}: {prompt}" for prompt in ("a cat", "a fox") for model in ("base", "strength 0.5", "strength 1")]
+    assert titles == ["seed 0", "seed 1"] and torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[3])
+    assert grid(rows[:1], ["an otter " * 50], ["an otter with a trumpet " * 50] * 2).size[0] < 5 * 98
+    assert sample.wrapped("a cat with a guitar", sample.ImageFont.load_default(size=12), 60, 2) == "a cat with\na guitar"
+
+
 def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model": "models/emoji", "steps": 3, "guidance_scale": 1.0}))
     asked = []
