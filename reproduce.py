@@ -182,13 +182,13 @@ def save_figure(figure, path):
     figure.savefig(path, dpi=120)
 
 
-def band(axis, curves, label):
-    """Mean and 95 % interval of curves [(x, y), ...] that share their x."""
+def band(axis, curves, label, shaded=True):
+    """Mean and, shaded, 95 % interval of curves [(x, y), ...] that share their x."""
     length = min(len(curve) for curve in curves)
     xs = [point[0] for point in curves[0][:length]]
     middle, half = zip(*[interval(curve[i][1] for curve in curves) for i in range(length)])
     line, = axis.plot(xs, middle, "o-", ms=3, label=label)
-    if len(curves) > 1:
+    if shaded and len(curves) > 1:
         low, high = [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)]
         axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, lw=0)
 
@@ -401,8 +401,7 @@ def draw_fewer_steps(runs, results, out):
         share = clock[variant] / clock["10 steps"]
         looks = [[row for row in rows if "eval_reward" in row] for rows in logs]
         curves = [[(row["epoch"], 100 * row["eval_reward"] / rows[0]["eval_reward"] - 100) for row in rows] for rows in looks]
-        times, changes = zip(*[(point[0][0] * share, statistics.mean(change for _, change in point)) for point in zip(*curves)])
-        curve_axis.plot(times, changes, "o-", ms=3, label=variant)
+        band(curve_axis, [[(epoch * share, change) for epoch, change in curve] for curve in curves], variant, shaded=False)
         change, half = interval(curve[-1][1] for curve in curves)
         at_equal_time, its_half = interval(between(curve, curve[-1][0] / share) for curve in curves)
         bar_axis.barh(variant, at_equal_time, xerr=its_half, capsize=3)

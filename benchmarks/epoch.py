@@ -56,7 +56,6 @@ def count_rows(unet):
 
     rows = [0, 0]
 
-    @torch.compiler.disable  # a compiled UNet would be compiled again for each new count
     def count(module, inputs, output):
         rows[torch.is_grad_enabled()] += len(output[0])
 

@@ -6,7 +6,7 @@ TRL needs older libraries, so it has an environment of its own (on a GPU leave t
     trl-env/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
     trl-env/bin/pip install "trl==0.23.1" "diffusers<0.36" "transformers<5" "datasets<5" peft
 
-    python benchmarks/peer_trl.py --trl-python trl-env/bin/python            the emoji model (seven minutes on two CPU cores)
+    python benchmarks/peer_trl.py --trl-python trl-env/bin/python            the emoji model (four minutes on two CPU cores)
     python benchmarks/peer_trl.py --trl-python trl-env/bin/python --compile  ours compiled by torch.compile, which TRL does not offer
     python benchmarks/peer_trl.py --trl-python trl-env/bin/python --sd15     a model of Stable Diffusion 1.5's size, on a GPU
     python benchmarks/peer_trl.py --table                                    prints the recorded tables again
