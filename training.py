@@ -173,9 +173,10 @@ def start(config, resume=False):
     if config.compile:
         unet.to(memory_format=torch.channels_last)  # a GPU has it so already; on a CPU it only pays when operations are fused
         # Block by block: compiled as a whole (torch 2.13, CPU) all gradients below the first upsampling come out wrong, without a
-        # word. And rounded as in eager mode: else sampling and training, which are two graphs, round differently in bf16, and the
-        # ratio does not start at 1. In place, so that weights keep their names; anew for each batch size, of which there are few.
-        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        # word. The last norm too, for eager mode is slow at norms of bf16 in channels_last. And rounded as in eager mode: else
+        # sampling and training, which are two graphs, round differently in bf16, and the ratio does not start at 1. In place, so
+        # that weights keep their names; anew for each batch size, of which there are few.
+        for block in filter(None, (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.conv_norm_out)):
             block.compile(dynamic=False, options={"emulate_precision_casts": True})
 
     run = Run(config, folder, device, dtype, rank, world, prompts, parts, rewards, pipeline, eta, timesteps.to(device), table.to(device),

@@ -6,20 +6,22 @@ TRL needs older libraries, so it has an environment of its own (on a GPU leave t
     trl-env/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
     trl-env/bin/pip install "trl==0.23.1" "diffusers<0.36" "transformers<5" "datasets<5" peft
 
-    python benchmarks/peer_trl.py --trl-python trl-env/bin/python            the emoji model (four minutes on two CPU cores)
-    python benchmarks/peer_trl.py --trl-python trl-env/bin/python --compile  ours compiled by torch.compile, which TRL does not offer
-    python benchmarks/peer_trl.py --trl-python trl-env/bin/python --sd15     a model of Stable Diffusion 1.5's size, on a GPU
-    python benchmarks/peer_trl.py --table                                    prints the recorded tables again
+    python benchmarks/peer_trl.py --trl-python trl-env/bin/python                   the emoji model (four minutes on two CPU cores)
+    python benchmarks/peer_trl.py --trl-python trl-env/bin/python --train-batch 80  ours with more pairs at once than TRL can have
+    python benchmarks/peer_trl.py --trl-python trl-env/bin/python --compile         ours compiled, which TRL does not offer
+    python benchmarks/peer_trl.py --trl-python trl-env/bin/python --sd15            a model of Stable Diffusion 1.5's size, on a GPU
+    python benchmarks/peer_trl.py --table                                           prints the recorded tables again
 
 The same on both sides: model folder, images an epoch, steps, guidance in sampling and in training, every step trained, updates an
 epoch, LoRA (rank 4 on to_q, to_k, to_v, to_out.0, which is what TRL has built in), AdamW, learning rate, threads, images
-denoised at once, (picture, step) pairs through the UNet at once (so twice as many rows, with guidance), reward (the JPEG size of
-rewards.py), advantages over the batch; nothing logged or saved while the clock runs. Each side says what went through its UNet, with
-gradients and without; if that differs, there is no comparison. Precision is each side's default, or with
+denoised at once, (picture, step) pairs through the UNet at once (so twice as many rows, with guidance; unless --train-batch),
+reward (the JPEG size of rewards.py), advantages over the batch; nothing logged or saved while the clock runs. Each side says what
+went through its UNet, with gradients and without; if that differs, there is no comparison. Precision is each side's default, or with
 --dtype the same. Everything else is each side's default. The first epoch is not counted.
 
 What remains different, on purpose: it is what is compared.
-- ddpo.py draws its pairs from all steps of all pictures of an update; TRL takes train_batch pictures and goes through their steps.
+- ddpo.py draws its pairs from all steps of all pictures of an update; TRL takes train_batch pictures and goes through their steps, so
+  that it cannot have more at once than an update has pictures, which is what it has here. ddpo.py can: --train-batch.
 - ddpo.py keeps latents and log-probabilities in float32, its VAE too; with bf16 or fp16 TRL has them, and the VAE, in that.
 - LoRA in bf16 or fp16: both have float32 adapters on frozen half-precision weights, under autocast in the UNet.
 - Attention on a CPU: ddpo.py uses plain matrix products, TRL (diffusers' default) scaled_dot_product_attention. On a GPU both use the latter.
@@ -139,6 +141,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each side that count")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "own"), default="own", help="of both sides; own: what each takes by default, "
                         "which is bf16 here, and in TRL fp16, or fp32 on a CPU, where its fp16 cannot run (default own)")
+    parser.add_argument("--train-batch", type=int, help="ours: pairs at once (default: as many as TRL)")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile: minutes more")
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE",
                         help="of both sides: images, sample_batch, train_batch, updates, steps, guidance_scale, lr, seed")
@@ -163,7 +166,8 @@ def main(arguments=None):
     dtypes = ("bf16", "fp16" if torch.cuda.is_available() else "fp32") if args.dtype == "own" else (args.dtype, args.dtype)
     if settings["images"] % settings["sample_batch"] or settings["images"] % (settings["updates"] * settings["train_batch"]):
         parser.exit(2, "--set images: must be a multiple of sample_batch, and of updates x train_batch\n")
-    first, rows = take_turns({"ours": launch(settings | {"dtype": dtypes[0], "compile": args.compile}, script=OUR_WORKER),
+    own = {"train_batch": args.train_batch or settings["train_batch"], "compile": args.compile}
+    first, rows = take_turns({"ours": launch(settings | own | {"dtype": dtypes[0]}, script=OUR_WORKER),
                               "TRL": launch(settings | {"dtype": dtypes[1]}, args.trl_python, __file__)}, args.rounds)
     if len(rows) < 2:
         sys.exit("one side could not run")
@@ -176,10 +180,11 @@ def main(arguments=None):
     record = machine() | {
         "command": shlex.join(["python", "benchmarks/peer_trl.py", *words]),  # with the environment's name in this file
         "versions": {"ours": versions("torch", "diffusers", "transformers", "peft"), "TRL": first["TRL"]["versions"]},
-        "settings": settings, "dtype": dict(zip(("ours", "TRL"), dtypes)), "compile": args.compile, "work": work,
+        "settings": settings, "dtype": dict(zip(("ours", "TRL"), dtypes)), "ours": own, "work": work,
         "summary": summarise(rows, settings["images"]), "rounds": rows}  # fmt: skip
     name = f"{dtypes[0]} in both" if dtypes[0] == dtypes[1] else f"ours {dtypes[0]}, TRL {dtypes[1]}"
-    record_as(args.out, f"{settings['model']}, {name}{', ours compiled' * args.compile}, {record['device']}", record)
+    name += f", ours with train batch {own['train_batch']}" * bool(args.train_batch) + ", ours compiled" * args.compile
+    record_as(args.out, f"{settings['model']}, {name}, {record['device']}", record)
     print(table(record))
 
 

@@ -53,7 +53,8 @@ def test_our_half_of_the_comparison_does_the_work_of_its_settings():
 
 @pytest.mark.skipif(not TRL_PYTHON, reason="needs TRL_PYTHON, an interpreter with TRL 0.23.1")
 def test_trl_does_the_same_work(tmp_path):
-    printed = run("peer_trl.py", "--rounds", "1", "--trl-python", TRL_PYTHON, "--out", str(tmp_path / "peer.json"), **TINY, updates=2)
+    printed = run("peer_trl.py", "--rounds", "1", "--train-batch", "3", "--trl-python", TRL_PYTHON, "--out", str(tmp_path / "peer.json"),
+                  **TINY, updates=2)
     record, = json.loads((tmp_path / "peer.json").read_text()).values()
     assert record["work"]["ours"] == record["work"]["TRL"] == {"rows_sample": ROWS, "rows_update": ROWS, "threads": 1}
     assert record["versions"]["TRL"]["trl"] == "0.23.1" and "ours over TRL" in printed
