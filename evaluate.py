@@ -74,6 +74,11 @@ def look_at(run, epoch, view, prompt_set, eta, bar):
     return row
 
 
+def with_looks(rows):
+    """Those rows of metrics.jsonl that have a look's columns."""
+    return [row for row in rows if "eval_reward" in row]
+
+
 def guard(rows, config):
     """(epoch to keep or None, stop?) from the rows of metrics.jsonl so far.
 
@@ -86,7 +91,7 @@ def guard(rows, config):
     names, unseen = watched(config), set_names(config.eval_prompts)
     if not config.guard or not (names or unseen):
         return None, False
-    looks = [row for row in rows if "eval_reward" in row]
+    looks = with_looks(rows)
     base, later = looks[0], looks[1:]
     safe = [all(row[f"eval_{name}"] >= base[f"eval_{name}"] - config.guard * base[f"eval_{name}_std"] for name in names) for row in later]
     reward = [sum(row[f"eval_{name}_reward"] for name in unseen) if unseen else row["eval_reward"] for row in later]
@@ -98,7 +103,7 @@ def guard(rows, config):
 
 def summary(run):
     """What changed, on fixed prompts and seeds, and what to do next."""
-    looks = [row for row in run.rows if "eval_reward" in row]
+    looks = with_looks(run.rows)
     best, stopped = guard(run.rows, run.config)
     first, kept = looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
     lines = [f"{run.folder}: {run.epoch} epochs; see progress.png and rewards.png there"]

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from ddpo import Config
-from evaluate import eval_prompts, guard
+from evaluate import eval_prompts, guard, with_looks
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
 from run_folder import read_metrics
@@ -152,7 +152,7 @@ def read(runs, logs):
 def kept(name, logs):
     """(first look, the look whose weights were kept) of a run."""
     rows = read_metrics(logs / name / "metrics.jsonl")
-    looks = [row for row in rows if "eval_reward" in row]
+    looks = with_looks(rows)
     best, _ = guard(rows, settings_of(logs / name))
     return looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
 
@@ -242,7 +242,7 @@ def draw_rewards(runs, results, out):
         numbers[name] = {"first": first, "kept": last, "seconds": sum(row.get("seconds", 0) + row.get("seconds_eval", 0) for row in rows)}
     figure, (size, recognised, cosine) = plots(3)
     for name, rows in runs.items():
-        looks = [row for row in rows if "eval_reward" in row]
+        looks = with_looks(rows)
         images, reward = [row["images"] for row in looks], name.split("-")[0]
         colour = {"compress": "C0", "incompress": "C1", "clip": "C2"}[reward]
         style = dict(color=colour, label=reward if name.endswith("-0") else None, ls="-", marker="o", ms=3)
@@ -284,7 +284,7 @@ def draw_algorithms(runs, results, out):
                 continue
             curves = [[(row["images"], row["reward_mean"]) for row in rows if "reward_mean" in row] for rows in logs]
             band(axis, curves, algorithm)
-            looks = [[row for row in rows if "eval_reward" in row] for rows in logs]
+            looks = [with_looks(rows) for rows in logs]
             first, (last, half) = looks[0][0]["eval_reward"], interval(look[-1]["eval_reward"] for look in looks)
             top1, its_half = interval(look[-1]["eval_clip_top1"] for look in looks)
             lines.append(f"| {reward} | {algorithm} | {first:.3f} | {last:.3f} ± {half:.3f} | {(last - first) / abs(first):+.1%} | "
@@ -338,7 +338,7 @@ def draw_overoptimisation(runs, results, out):
     figure, axes = plots(len(names) + 1, width=3.6)
     lines, numbers = ["| prevention | kB | change | CLIP cosine | top-1 | diversity |", "| --- | --- | --- | --- | --- | --- |"], {}
     for prevention in PREVENTIONS:
-        logs = [[row | {"eval_size": abs(row.get("eval_compress", row["eval_reward"]))} for row in rows if "eval_reward" in row]
+        logs = [[row | {"eval_size": abs(row.get("eval_compress", row["eval_reward"]))} for row in with_looks(rows)]
                 for rows in seeds_of(runs, f"over-{prevention}")]
         if not logs:
             continue
@@ -399,7 +399,7 @@ def draw_fewer_steps(runs, results, out):
         if "10 steps" not in clock:
             break  # nothing to compare with yet
         share = clock[variant] / clock["10 steps"]
-        looks = [[row for row in rows if "eval_reward" in row] for rows in logs]
+        looks = [with_looks(rows) for rows in logs]
         curves = [[(row["epoch"], 100 * row["eval_reward"] / rows[0]["eval_reward"] - 100) for row in rows] for rows in looks]
         band(curve_axis, [[(epoch * share, change) for epoch, change in curve] for curve in curves], variant, shaded=False)
         change, half = interval(curve[-1][1] for curve in curves)
