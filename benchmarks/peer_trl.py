@@ -21,7 +21,8 @@ went through its UNet, with gradients and without; if that differs, there is no 
 
 What remains different, on purpose: it is what is compared.
 - ddpo.py draws its pairs from all steps of all pictures of an update; TRL takes train_batch pictures and goes through their steps, so
-  that it cannot have more at once than an update has pictures, which is what it has here. ddpo.py can: --train-batch.
+  that it cannot have more at once than an update has pictures (16 of the emoji model's, which is what it has). ddpo.py can:
+  --train-batch.
 - ddpo.py keeps latents and log-probabilities in float32, its VAE too; with bf16 or fp16 TRL has them, and the VAE, in that.
 - LoRA in bf16 or fp16: both have float32 adapters on frozen half-precision weights, under autocast in the UNet.
 - Attention on a CPU: ddpo.py uses plain matrix products, TRL (diffusers' default) scaled_dot_product_attention. On a GPU both use the latter.
