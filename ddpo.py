@@ -122,7 +122,7 @@ SMALLER = PAPER | dict(steps=20, images=64, advantages="group", group_size=4, ti
 PRESETS = {
     "emoji": {},
     "sd15": PAPER,  # one GPU with 24 GB or more, for as long as it takes
-    "sd15-24gb": SMALLER | dict(train_batch=4),  # a tenth of the paper's work an epoch: groups, 20 steps, half of them trained
+    "sd15-24gb": SMALLER | dict(train_batch=4),  # a sixteenth of the paper's work an epoch: groups, 20 steps, half of them trained
     "sd15-10gb": SMALLER | dict(sample_batch=2, train_batch=1, gradient_checkpointing=True, offload=True),
     "sd15-8gpu": PAPER | dict(sample_batch=16, train_batch=4),  # torchrun --nproc_per_node 8: 32 pictures each, as in the paper
 }
@@ -250,7 +250,7 @@ def check(config):
 
     config.dtype = config.dtype or ("fp32" if config.device == "mps" else "bf16")
     config.updates = config.updates or (4 if config.algorithm == "is" else 1)
-    emoji = Path(config.model).name == "emoji"  # a thousandth of Stable Diffusion's size: it takes, and needs, larger steps
+    emoji = Path(config.model).name == "emoji"  # 160 times smaller than Stable Diffusion: it takes, and needs, larger steps
     config.lr = config.lr or ((3e-3 if emoji else 3e-4) if config.lora_rank else (1e-4 if emoji else 1e-5))
     config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward)
     if config.algorithm == "sf" and config.updates * config.inner_epochs > 1:

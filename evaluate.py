@@ -101,11 +101,16 @@ def guard(rows, config):
     return None if best is None else later[best]["epoch"], stop
 
 
+def first_and_kept(rows, config):
+    """The rows of the first look and of the one whose weights were kept: the guard's choice, or else the newest."""
+    looks, best = with_looks(rows), guard(rows, config)[0]
+    return looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
+
+
 def summary(run):
     """What changed, on fixed prompts and seeds, and what to do next."""
-    looks = with_looks(run.rows)
+    first, kept = first_and_kept(run.rows, run.config)
     best, stopped = guard(run.rows, run.config)
-    first, kept = looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
     lines = [f"{run.folder}: {run.epoch} epochs; see progress.png and rewards.png there"]
     if stopped:
         lines.append(f"  stopped after --patience {run.config.patience} looks beyond --guard {run.config.guard:g}"

@@ -11,6 +11,9 @@ Runs are shared between experiments, go on where they were interrupted, and are 
 a time on half of the cores each, which gets more done than one on all of them; `fewer_steps` compares times, so nothing else
 should run beside it. Left in results/<model>/: logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table (.md),
 its numbers (.json) and pictures. The shipped model's tables are also put into the README, between its markers.
+
+With another --model there are `rewards` and `algorithms`, without `clip`: the shipped CLIP, which the other experiments need as a
+judge or as a witness, knows icons alone.
 """
 
 import argparse
@@ -30,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from ddpo import Config
-from evaluate import eval_prompts, guard, with_looks
+from evaluate import eval_prompts, first_and_kept, guard, with_looks
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
 from run_folder import read_metrics
@@ -136,11 +139,11 @@ def run_all(runs, out, logs, jobs, minutes):
         for process in running.values():
             process.terminate()
         bar.close()
-    for name in runs:
-        if finished(out / name):
-            (logs / name).mkdir(parents=True, exist_ok=True)
-            for file in ("config.json", "metrics.jsonl"):
-                shutil.copy(out / name / file, logs / name / file)
+        for name in runs:
+            if finished(out / name):
+                (logs / name).mkdir(parents=True, exist_ok=True)
+                for file in ("config.json", "metrics.jsonl"):
+                    shutil.copy(out / name / file, logs / name / file)
     return not waiting
 
 
@@ -151,10 +154,7 @@ def read(runs, logs):
 
 def kept(name, logs):
     """(first look, the look whose weights were kept) of a run."""
-    rows = read_metrics(logs / name / "metrics.jsonl")
-    looks = with_looks(rows)
-    best, _ = guard(rows, settings_of(logs / name))
-    return looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
+    return first_and_kept(read_metrics(logs / name / "metrics.jsonl"), settings_of(logs / name))
 
 
 def interval(values):
@@ -234,11 +234,11 @@ def draw_rewards(runs, results, out):
         first, last = kept(name, results / "logs")
         reward, seed = name.split("-")
         size = [kilobytes(look, reward) for look in (first, last)]
-        cosine = [look.get("eval_clip", look["eval_reward"]) for look in (first, last)]
-        top1 = [look["eval_clip_top1"] for look in (first, last)]
+        clip = "eval_reward" if reward == "clip" else "eval_clip"
         change = f"{size[0]:.2f} → {size[1]:.2f} | {size[1] / size[0] - 1:+.0%}" if size[0] else " | "
-        lines.append(f"| {reward}, seed {seed} | {last['epoch']} of {rows[-1]['epoch']} | {change} | "
-                     f"{cosine[0]:.3f} → {cosine[1]:.3f} | {top1[0]:.2f} → {top1[1]:.2f} |")
+        cosine = f"{first[clip]:.3f} → {last[clip]:.3f}" if clip in first else ""  # without --watch clip there is neither
+        top1 = f"{first['eval_clip_top1']:.2f} → {last['eval_clip_top1']:.2f}" if "eval_clip_top1" in first else ""
+        lines.append(f"| {reward}, seed {seed} | {last['epoch']} of {rows[-1]['epoch']} | {change} | {cosine} | {top1} |")
         numbers[name] = {"first": first, "kept": last, "seconds": sum(row.get("seconds", 0) + row.get("seconds_eval", 0) for row in rows)}
     figure, (size, recognised, cosine) = plots(3)
     for name, rows in runs.items():
@@ -250,8 +250,8 @@ def draw_rewards(runs, results, out):
             trained = [row for row in rows if "reward_mean" in row]
             size.plot([row["images"] for row in trained], [abs(row["reward_mean"]) for row in trained], color=colour, alpha=0.3)
             size.plot(images, [abs(row["eval_reward"]) for row in looks], **style)
-        recognised.plot(images, [row["eval_clip_top1"] for row in looks], **style)
-        cosine.plot(images, [row.get("eval_clip", row["eval_reward"]) for row in looks], **style)
+        recognised.plot(images, [row.get("eval_clip_top1") for row in looks], **style)
+        cosine.plot(images, [row.get("eval_reward" if reward == "clip" else "eval_clip") for row in looks], **style)
     size.set(title="JPEG size (kB): trained on", ylim=(0, None))
     recognised.set(title="recognised by CLIP (top-1): watched", ylim=(0, 1.02))
     cosine.set(title="CLIP cosine: watched, but for `clip`")
@@ -259,15 +259,17 @@ def draw_rewards(runs, results, out):
         axis.set_xlabel("pictures sampled")
         axis.legend(fontsize=8)
     save_figure(figure, results / "rewards.png")
-    for reward, prompts in (("compress", "animals"), ("incompress", "animals"), ("clip", "pairs"), ("clip", "animal_objects_held_out")):
-        folder, prompts = out / f"{reward}-0", load_prompts(prompts)
-        if (folder / "unet").exists():  # weights are not kept beside the logs
+    for reward, held_out in (("compress", ""), ("incompress", ""), ("clip", ""), ("clip", "animal_objects_held_out")):
+        folder = out / f"{reward}-0"
+        if (folder / "config.json").exists():  # weights are not kept beside the logs
+            config = settings_of(folder)
             rows = {"before": None, reward: folder}
             if reward == "clip":
                 seeds = {f"seed {name[-1]}": out / name for name in runs if name.startswith("clip-")}
                 rows = {"before": None} | seeds | {"before, guided": (None, 1.0, 4.0)}
-            path = results / f"{reward}{'' if len(prompts) < 100 else '_held_out'}.png"
-            pictures(settings_of(folder), rows, prompts, path, columns=min(10, len(prompts)))
+            prompts = load_prompts(held_out or config.prompts)
+            path = results / f"{reward}{'_held_out' if held_out else ''}.png"
+            pictures(config, rows, prompts, path, columns=min(10, len(prompts)))
     if (out / "compress-2" / "progress.png").exists():
         shutil.copy(out / "compress-2" / "progress.png", results / "progress.png")
     return lines, numbers
@@ -286,10 +288,13 @@ def draw_algorithms(runs, results, out):
             band(axis, curves, algorithm)
             looks = [with_looks(rows) for rows in logs]
             first, (last, half) = looks[0][0]["eval_reward"], interval(look[-1]["eval_reward"] for look in looks)
-            top1, its_half = interval(look[-1]["eval_clip_top1"] for look in looks)
-            lines.append(f"| {reward} | {algorithm} | {first:.3f} | {last:.3f} ± {half:.3f} | {(last - first) / abs(first):+.1%} | "
-                         f"{looks[0][0]['eval_clip_top1']:.2f} → {top1:.2f} ± {its_half:.2f} |")
-            numbers[f"{reward} {algorithm}"] = {"before": first, "after": last, "half_width_95": half, "top1": top1, "seeds": len(curves)}
+            numbers[f"{reward} {algorithm}"] = {"before": first, "after": last, "half_width_95": half, "seeds": len(curves)}
+            recognised = ""
+            if "eval_clip_top1" in looks[0][0]:
+                top1, its_half = interval(look[-1]["eval_clip_top1"] for look in looks)
+                recognised = f"{looks[0][0]['eval_clip_top1']:.2f} → {top1:.2f} ± {its_half:.2f}"
+                numbers[f"{reward} {algorithm}"]["top1"] = top1
+            lines.append(f"| {reward} | {algorithm} | {first:.3f} | {last:.3f} ± {half:.3f} | {(last - first) / abs(first):+.1%} | {recognised} |")
         axis.set(title=reward, xlabel="pictures sampled", ylabel="reward of the sampled pictures")
         axis.legend(fontsize=8)
     save_figure(figure, results / "algorithms.png")
@@ -439,7 +444,7 @@ EXPERIMENTS = {"rewards": draw_rewards, "algorithms": draw_algorithms, "generali
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{', '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"{', '.join(EXPERIMENTS)} (default: all that there are)")
     parser.add_argument("--model", default="models/emoji")
     parser.add_argument("--flags", default="", help='for every run, such as "--preset sd15-24gb --epochs 50"')
     parser.add_argument("--seeds", type=int, default=3)
@@ -448,25 +453,28 @@ def main(arguments=None):
     parser.add_argument("--draw", action="store_true", help="run nothing: tables and pictures from the logs that are there")
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     args = parser.parse_args(arguments)
+    shipped = args.model == "models/emoji"
+    choices = list(EXPERIMENTS) if shipped else ["rewards", "algorithms"]
     for name in args.experiments:
-        if name not in EXPERIMENTS:
-            parser.exit(2, f"experiment {name}: unknown; choose {', '.join(EXPERIMENTS)}\n")
+        if name not in choices:
+            parser.exit(2, f"experiment {name}: {'not for another --model' if name in EXPERIMENTS else 'unknown'}; choose {', '.join(choices)}\n")
     if args.seeds < 1 or args.jobs < 1 or args.minutes < 0:
         parser.exit(2, f"--seeds {args.seeds} --jobs {args.jobs} --minutes {args.minutes:g}: at least 1, 1 and 0\n")
     os.chdir(HERE)  # so that logs hold paths relative to the repository
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))  # and its runs are stopped too
     results, out = Path("results") / Path(args.model).name, Path("runs/reproduce") / Path(args.model).name
     (results / "logs").mkdir(parents=True, exist_ok=True)
-    own = "" if args.model == "models/emoji" else f" --model {args.model}"
-    for name in args.experiments or EXPERIMENTS:
-        runs = {run: f"{command}{own} {args.flags}".strip() for run, command in plan(name, args.seeds).items()}
+    model = "" if shipped else f" --model {args.model}"
+    for name in args.experiments or choices:
+        runs = {run: f"{command}{model} {args.flags}".strip() for run, command in plan(name, args.seeds).items()
+                if shipped or not run.startswith("clip-")}
         complete = args.draw or run_all(runs, out, results / "logs", args.jobs, args.minutes)
         logs = read(runs, results / "logs")
         if logs:
             lines, numbers = EXPERIMENTS[name](logs, results, out)
             (results / f"{name}.md").write_text("\n".join(lines) + "\n")
             (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-            if not own:
+            if shipped:
                 insert_table(Path("README.md"), name, lines)
             print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
         if not complete:

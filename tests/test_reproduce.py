@@ -37,7 +37,7 @@ def test_a_curve_is_linear_between_its_points():
 
 
 def fake_run(folder, seed, sizes=(2.5, 2.2, 2.0), cosines=(0.66, 0.65, 0.3), **settings):
-    """The logs of a run that looked after each epoch and left the guard at the last."""
+    """The logs of a run that looked after each epoch and, where it watched CLIP, left the guard at the last."""
     folder.mkdir(parents=True)
     config = ddpo.check(ddpo.Config(seed=seed, device="cpu", epochs=len(sizes) - 1, **settings))
     (folder / "config.json").write_text(json.dumps(vars(config)))
@@ -46,7 +46,7 @@ def fake_run(folder, seed, sizes=(2.5, 2.2, 2.0), cosines=(0.66, 0.65, 0.3), **s
         row = {"epoch": epoch, "images": 64 * epoch, "eval_clip_std": 0.05} | ({"reward_mean": -size, "seconds": 1.0} if epoch else {})
         for view in ("eval", "eval_animals_held_out", "eval_objects", "eval_animal_objects_held_out"):
             row |= {f"{view}_reward": -size, f"{view}_clip": cosine, f"{view}_clip_top1": cosine, f"{view}_diversity": 0.2}
-        rows.append(row)
+        rows.append(row if config.watch else {key: value for key, value in row.items() if "clip" not in key and "diversity" not in key})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -64,6 +64,21 @@ def test_tables_and_curves_are_drawn_from_logs_alone(experiment, tmp_path, monke
     table = (tmp_path / f"results/emoji/{experiment}.md").read_text().splitlines()
     assert len(table) > 2 and len({row.count("|") for row in table}) == 1
     assert json.loads((tmp_path / f"results/emoji/{experiment}.json").read_text())
+
+
+@pytest.mark.parametrize("experiment", ["rewards", "algorithms"])
+def test_another_models_tables_do_without_the_shipped_clip(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(plan(experiment, 2)):
+        fake_run(tmp_path / "results/other/logs" / name, seed=i, watch="")
+    reproduce.main([experiment, "--draw", "--seeds", "2", "--model", "models/other"])
+    assert (tmp_path / f"results/other/{experiment}.png").stat().st_size > 0
+    table = (tmp_path / f"results/other/{experiment}.md").read_text()
+    assert "| compress" in table and "| clip" not in table and len({row.count("|") for row in table.splitlines()}) == 1
+    with pytest.raises(SystemExit):
+        reproduce.main(["overoptimisation", "--draw", "--model", "models/other"])
+    assert capsys.readouterr().err == "experiment overoptimisation: not for another --model; choose rewards, algorithms\n"
 
 
 def test_what_a_table_reports_is_the_look_that_was_kept(tmp_path):
