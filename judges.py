@@ -82,7 +82,7 @@ def load_vlm(model, device):
     processor.tokenizer.padding_side = "left"  # answers start where the row ends
     dtype = torch.float32
     if torch.device(device).type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return load_network(AutoModelForImageTextToText, find(model), device, dtype), processor
 
 
@@ -157,7 +157,7 @@ def load_network(auto_class, folder, device, dtype):
     missing = [key for key in info["missing_keys"] if "pooler" not in key]  # BERTScore reads no pooler
     if missing:
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are not in it, {sorted(missing)[0]} for one")
-    return model.to(device, dtype).eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)  # its type it has: another cast would round the positions' frequencies, too
 
 
 def find(model):

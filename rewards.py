@@ -166,7 +166,7 @@ def count(device, vlm=None):
         scores = []
         for said, named, number, noun in zip(how_many, what, numbers, nouns):
             right_number = not {number, str(NUMBERS.index(number))}.isdisjoint(re.findall(r"\w+", said.lower()))
-            right_noun = noun in named.lower() or singular(noun) in named.lower()
+            right_noun = re.search(rf"\b({re.escape(noun)}|{re.escape(singular(noun))})\b", named.lower()) is not None
             scores.append((right_number + right_noun) / 2)
         return torch.tensor(scores)
 
@@ -197,8 +197,7 @@ def load(option, loader, model, *arguments):
         elif not Path(model).exists() and not Path(model).is_absolute():
             place = HERE / "models" / Path(model).name
             cure = f"where there is a network, `hf download {model} --local-dir {place}`, and bring that folder here; or {cure}"
-        raise RewardError(f"reward {option.partition('=')[0]}: cannot load {model} ({type(error).__name__}: "
-                          f"{' '.join(str(error).split()):.200}); {cure}; compress, incompress, clip and file.py:function "
+        raise RewardError(f"reward {option.partition('=')[0]}: cannot load {model} ({one_line(error):.200}); {cure}; compress, incompress, clip and file.py:function "
                           "need no download") from error
 
 
@@ -213,7 +212,7 @@ def load_function(spec):
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise RewardError(f"reward {spec}: {file} cannot be imported ({type(error).__name__}: {error})") from error
+        raise RewardError(f"reward {spec}: {file} cannot be imported ({one_line(error)})") from error
     reward = getattr(module, function, None)
     if not callable(reward):
         own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
@@ -258,8 +257,12 @@ def parse_reward(spec):
 def get_reward(spec, device=None):
     """The checked function reward(images, prompts) -> (B,) for a spec. One reward keeps its own scale, times its weight if it
     has one. A mixture is the weighted sum of its parts' z-scores within the batch; parse_reward gives the parts to whoever
-    keeps better statistics. Of a single reward, .counts holds what happened and was no error, for the log."""
+    keeps better statistics. Of a single reward without a weight, .counts holds what happened and was no error, for the log."""
     device = pick_device(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RewardError(f"device {device}: cannot be used here ({one_line(error):.200}); choose cpu, or cuda where there is a GPU") from None
     weights, rewards = parse_reward(spec), {}
     for name in weights:
         base, _, models = name.partition("=")
@@ -303,9 +306,9 @@ def find_culprit(name, reward, images, prompts, error):
         try:
             reward(images[i : i + 1], [prompt])
         except Exception as alone:
-            message = f"reward {name}: raised {type(alone).__name__}: {alone}, for image {i}, {prompt!r}"
+            message = f"reward {name}: raised {one_line(alone)}, for image {i}, {prompt!r}"
             return RewardError(message, i, prompt, images[i])
-    return RewardError(f"reward {name}: raised {type(error).__name__}: {error}, for the batch, but for no image alone")
+    return RewardError(f"reward {name}: raised {one_line(error)}, for the batch, but for no image alone")
 
 
 def check_rewards(name, values, images, prompts):
@@ -321,6 +324,10 @@ def check_rewards(name, values, images, prompts):
     for i in (~values.isfinite()).nonzero().flatten().tolist():
         raise RewardError(f"reward {name}: returned {values[i].item()} for image {i}, {prompts[i]!r}", i, prompts[i], images[i])
     return values
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def pick_device(device):

@@ -251,6 +251,8 @@ def collect(run, epoch):
     seconds: of sampling, and of waiting for rewards that sampling did not hide.
     """
     config, clock = run.config, time.perf_counter()
+    for reward in run.rewards.values():  # from here on they count this epoch's pictures, not those of looks
+        reward.counts.update(dict.fromkeys(reward.counts, 0))
     prompts = sample_prompts(run.prompts, config.images, seeded(config.seed, epoch, 0), config.group_size)
     indices = own(run, config.images)
     batches, pending = [], []
@@ -279,7 +281,7 @@ def reward_row(run, scores):
     trained = sum(weight * np.array(scores[name]) for name, weight in run.parts.items())
     row = {"reward_mean": float(trained.mean()), "reward_std": float(trained.std())}
     row |= {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if [*run.parts] != [name]}
-    return row | {f"{name}_{what}": count for name, reward in run.rewards.items() for what, count in reward.counts.items()}
+    return row | {f"{name}_{what}": sum(gather([count])) for name, reward in run.rewards.items() for what, count in reward.counts.items()}
 
 
 def apply_gradients(run):

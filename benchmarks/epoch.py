@@ -13,6 +13,7 @@ images a second and peak memory, as metrics.jsonl has them. Results go to benchm
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -63,6 +64,17 @@ def count_rows(unet):
     return rows
 
 
+def count_replays(step, rows):
+    """A sample.GraphedStep that counts its rows itself: a replay calls no hooks, and a capture calls them for trials, too."""
+    def counted(unet, latents, *inputs):
+        before = rows[0]
+        outputs = step(unet, latents, *inputs)
+        rows[0] = before + len(latents) * (1 if inputs[4] is None else 2)  # negative_embeds: guidance takes two rows
+        return outputs
+
+    return counted
+
+
 def worker(settings):
     """Train as ddpo.py does; before each epoch wait for a line, after each print a line of JSON."""
     import torch
@@ -73,19 +85,21 @@ def worker(settings):
     attention = settings.pop("attention", None)
 
     def turn(row, epoch):  # ddpo.py calls a tracker between epochs, when no clock runs
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # to the next variant's use
         if epoch:
             print(json.dumps(row | {"rows_sample": rows[0], "rows_update": rows[1], "threads": torch.get_num_threads()}), flush=True)
         if not sys.stdin.readline():
             sys.exit()  # nobody waits for another epoch
         rows[:] = 0, 0
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # to the next variant's use
             torch.cuda.reset_peak_memory_stats()
 
     with tempfile.TemporaryDirectory() as folder:
         config = ddpo.Config(**EQUAL | settings, eval_images=settings["sample_batch"], out=folder)
         run = ddpo.start(ddpo.check(config))
         run.track, rows = turn, count_rows(run.pipeline.unet)
+        run.step = run.step and count_replays(run.step, rows)
         if attention:
             run.pipeline.unet.set_attn_processor(getattr(attention_processor, ATTENTION[attention])())
         ddpo.fit(run)
@@ -135,6 +149,11 @@ def take_turns(workers, rounds):
         process.stdin.close()
         process.wait()
     return first, rows
+
+
+def model_folder(model):
+    """A folder as the workers find it, which run in the repository's; a hub id as it is."""
+    return os.path.relpath(model, ROOT) if Path(model).exists() else model
 
 
 def spread(values):
@@ -231,7 +250,7 @@ def main(arguments=None):
     if args.sd15 or args.model:
         from benchmarks.sd15 import build
 
-        settings = SD15 | {"model": args.model or str(build(ROOT / "runs/sd15-random"))}
+        settings = SD15 | {"model": model_folder(args.model or build(ROOT / "runs/sd15-random"))}
     settings = settings | dict(args.set)
     workers = {name: launch(settings | variant) for name, variant in variants.items() if name in (args.variant or variants)}
     first, rows = take_turns(workers, args.rounds or (3 if torch.cuda.is_available() else 8))

@@ -35,6 +35,7 @@ What remains different, on purpose: it is what is compared.
 import argparse
 import itertools
 import json
+import os
 import random
 import shlex
 import sys
@@ -44,7 +45,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
-from benchmarks.epoch import count_rows, launch, machine, ratios, record_as, setting, take_turns, versions
+from benchmarks.epoch import count_rows, launch, machine, model_folder, ratios, record_as, setting, take_turns, versions
 from benchmarks.epoch import __file__ as OUR_WORKER
 
 EMOJI = dict(model="models/emoji", images=64, sample_batch=32, train_batch=16, updates=4, steps=10, guidance_scale=4.0)
@@ -85,12 +86,12 @@ def trl_worker(settings):
             return  # nobody waits for another epoch
         rows[:] = 0, 0
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # to the other side's use
             torch.cuda.reset_peak_memory_stats()
         global_step = step(epoch, global_step)
         row = seconds | {"rows_sample": rows[0], "rows_update": rows[1], "threads": torch.get_num_threads()}
         if torch.cuda.is_available():
             row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            torch.cuda.empty_cache()  # to the other side's use
         if epoch == 1:
             row["versions"] = versions("torch", "trl", "diffusers", "transformers", "peft", "accelerate")
         print(json.dumps(row), flush=True)
@@ -162,14 +163,14 @@ def main(arguments=None):
     if args.sd15 or args.model:
         from benchmarks.sd15 import build
 
-        settings = SD15 | {"model": args.model or str(build(ROOT / "runs/sd15-random"))}
+        settings = SD15 | {"model": model_folder(args.model or build(ROOT / "runs/sd15-random"))}
     settings |= EQUAL | dict(args.set)
     dtypes = ("bf16", "fp16" if torch.cuda.is_available() else "fp32") if args.dtype == "own" else (args.dtype, args.dtype)
     if settings["images"] % settings["sample_batch"] or settings["images"] % (settings["updates"] * settings["train_batch"]):
         parser.exit(2, "--set images: must be a multiple of sample_batch, and of updates x train_batch\n")
     own = {"train_batch": args.train_batch or settings["train_batch"], "compile": args.compile}
     first, rows = take_turns({"ours": launch(settings | own | {"dtype": dtypes[0]}, script=OUR_WORKER),
-                              "TRL": launch(settings | {"dtype": dtypes[1]}, args.trl_python, __file__)}, args.rounds)
+                              "TRL": launch(settings | {"dtype": dtypes[1]}, os.path.abspath(args.trl_python), __file__)}, args.rounds)
     if len(rows) < 2:
         sys.exit("one side could not run")
     work = {side: {key: first[side][key] for key in ("rows_sample", "rows_update", "threads")} for side in first}

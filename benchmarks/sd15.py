@@ -43,6 +43,8 @@ def build(folder, unet=UNET, vae=VAE, text=TEXT):
                                        tokenizer=CLIPTokenizer.from_pretrained(scratch / "words"), safety_checker=None,
                                        feature_extractor=None, requires_safety_checker=False)
     pipeline.save_pretrained(scratch)
+    del networks, pipeline
+    torch.cuda.empty_cache()  # whoever called this will measure others' memory
     shutil.rmtree(scratch / "words")
     scratch.rename(folder)
     return folder

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import epoch, peer_trl, sd15
-from sample import load_pipeline, sample_trajectories
+from sample import guided_step, load_pipeline, sample_trajectories
 
 ROOT = Path(__file__).parents[1]
 TRL_PYTHON = os.environ.get("TRL_PYTHON")  # the interpreter of the environment that benchmarks/peer_trl.py --help describes
@@ -40,6 +41,31 @@ def test_variants_of_an_epoch_do_the_same_work_and_are_compared_with_the_first(t
     assert record["summary"][other]["epoch"]["median"] > 0 and f"| {other} | " in printed
     assert record["device"] and record["threads"] == 1 and "benchmarks/epoch.py --rounds 1" in record["command"]
     assert printed.strip() in run("epoch.py", "--table", "--out", str(out))
+
+
+def test_rows_of_a_replayed_graph_are_counted(tmp_path):
+    class Replayed:  # as sample.GraphedStep on a GPU: the hooks see the trials before a capture, and nothing of a replay
+        captured = False
+
+        def __call__(self, unet, *inputs):
+            if not self.captured:
+                [guided_step(unet, *inputs) for _ in range(4)]
+            self.captured = True
+            return inputs[0], torch.zeros(len(inputs[0]))
+
+    pipeline = load_pipeline("models/emoji", "cpu")
+    rows = epoch.count_rows(pipeline.unet)
+    step = epoch.count_replays(Replayed(), rows)
+    for guidance_scale, factor in ((4.0, 2), (1.0, 1)):
+        rows[:] = 0, 0
+        sample_trajectories(pipeline, ["a cat"] * 3, num_steps=2, guidance_scale=guidance_scale, step=step)
+        assert rows == [3 * 2 * factor, 0]
+
+
+def test_a_models_folder_is_found_from_where_the_command_was_given(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert (ROOT / epoch.model_folder("mine")).samefile(tmp_path / "mine") and epoch.model_folder("some/hub-id") == "some/hub-id"
 
 
 def test_our_half_of_the_comparison_does_the_work_of_its_settings():

@@ -1,5 +1,6 @@
 """Claims about the estimators and the loop: advantages, losses, runs that learn, runs that are killed, settings that cannot work."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -190,14 +191,33 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_numbers(run, tm
     assert numbers(tmp_path / "compress") == numbers(run)
 
 
+COUNTING = """
+def seen(images, prompts):
+    seen.counts["pictures"] += len(images)
+    return [0.0] * len(images)
+
+seen.counts = {"pictures": 0}
+"""
+
+
+def test_what_a_reward_counts_is_of_each_epochs_pictures_also_after_a_resume(tmp_path):
+    (tmp_path / "seen.py").write_text(COUNTING)
+    config = Config(out=str(tmp_path), reward="compress", **SMALL | dict(watch=f"{tmp_path}/seen.py:seen", epochs=1))
+    folder = ddpo.train(config)
+    ddpo.train(dataclasses.replace(config, epochs=2), resume=True)
+    assert [row[f"{config.watch}_pictures"] for row in numbers(folder)[1:]] == [8, 8]  # and not those of looks
+
+
 def test_two_processes_train_like_one(tmp_path):
-    settings = SMALL | dict(dtype="fp32", sample_batch=2, train_batch=2, lr=1e-4, advantages="prompt", min_count=2)
+    (tmp_path / "seen.py").write_text(COUNTING)
+    settings = SMALL | dict(dtype="fp32", sample_batch=2, train_batch=2, lr=1e-4, advantages="prompt", min_count=2, watch=f"{tmp_path}/seen.py:seen")
     for processes, name in ((1, "whole"), (2, "split")):
         code, _, err = finish(start("--reward", "compress", processes=processes, **settings | dict(out=tmp_path, name=name)))
         assert code == 0, err
     whole, split = (load_checkpoint(tmp_path / name / "checkpoint") for name in ("whole", "split"))
     difference = torch.cat([(a - b).abs().flatten() for a, b in zip(split["parameters"], whole["parameters"], strict=True)])
     assert difference.max() <= 1e-5 and difference.mean() <= 1e-7  # four steps of 1e-4 by Adam, which magnifies the last bits
+    assert [row[f"{settings['watch']}_pictures"] for name in ("whole", "split") for row in numbers(tmp_path / name)[1:]] == [8] * 4
     rows = [[row["reward_mean"] for row in numbers(tmp_path / name)[1:]] for name in ("whole", "split")]
     assert rows[0] == pytest.approx(rows[1], abs=0.01)  # a JPEG is some bytes longer or shorter for it
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (AutoModel, AutoTokenizer, BertConfig, BertModel, CLIPConfig, CLIPImageProcessor, CLIPModel,
+from transformers import (AutoModel, AutoModelForImageTextToText, AutoTokenizer, BertConfig, BertModel, CLIPConfig, CLIPImageProcessor, CLIPModel,
                           CLIPProcessor, DebertaConfig, DebertaModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
 
@@ -231,6 +231,15 @@ def test_vqa_is_the_probability_of_yes_as_the_next_token(llava_folder, images):
     assert len(set(scores.tolist())) == 5
 
 
+def test_a_judge_in_bf16_keeps_the_frequencies_of_its_positions(llava_folder):
+    model = judges.load_network(AutoModelForImageTextToText, llava_folder, "cpu", torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    frequencies = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    for buffer in frequencies:  # rounded to bf16, a token hundreds of places away would seem to stand elsewhere
+        torch.testing.assert_close(buffer, 1e4 ** (-torch.arange(len(buffer)) / len(buffer)))
+    assert frequencies
+
+
 def test_an_answer_is_the_greedy_one_whatever_stands_beside_it_in_the_batch(llava_folder, images):
     questions = ["What is it?", "How many cats are there in this image?", "Why?"] * 3  # rows of three lengths, and nine > 8 rows
     answers = rewards.answer(rewards.load_vlm(llava_folder, "cpu"), images[:3].repeat(3, 1, 1, 1), questions)
@@ -245,7 +254,7 @@ def test_an_answer_is_the_greedy_one_whatever_stands_beside_it_in_the_batch(llav
 
 @pytest.mark.parametrize("how_many, what, score", [
     ("There are five wolves.", "A wolf.", 1), ("5", "wolves", 1), ("Five", "WOLF", 1), ("five", "a dog", 0.5), ("6", "wolf", 0.5),
-    ("15 or fiver", "a bird", 0), ("", "", 0)])
+    ("15 or fiver", "a bird", 0), ("", "", 0), ("five", "a werewolf and wolverines", 0.5)])
 def test_count_is_the_share_of_right_answers(llava_folder, images, monkeypatch, how_many, what, score):
     asked = []
 

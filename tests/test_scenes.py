@@ -21,8 +21,9 @@ def test_the_same_seed_draws_the_same_scenes():
 
 
 def test_captions_are_of_the_three_kinds():
-    for kind, words in {"alone": "", "background": "background", "pair": " with a"}.items():
+    for kind, words in {"background": " background", "pair": " with a"}.items():
         assert all(words in caption for caption in scenes.draw_scenes(30, seed=0, kind=kind)[1])
+    assert set(scenes.draw_scenes(30, seed=0, kind="alone")[1]) <= {scenes.with_article(noun) for noun in scenes.nouns()}
 
 
 def test_the_prompt_files_name_what_was_drawn():
@@ -41,14 +42,14 @@ def test_the_clip_recognises_fresh_scenes():
     pictures, captions = scenes.draw_scenes(300, seed=987, kind="alone")
     nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
     right = clip_top1(torch.tensor(pictures).permute(0, 3, 1, 2), captions, nouns)
-    assert right.float().mean() >= 0.93  # 0.95, less two standard errors
+    assert right.float().mean() >= 0.945  # 0.968 of a thousand, less two standard errors
 
 
 def test_the_clip_recognises_what_the_model_draws():
     nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
     generator = torch.Generator().manual_seed(0)
     images = sample_trajectories(load_pipeline("models/emoji", "cpu"), nouns, 20, 4.0, generator=generator, dtype=torch.bfloat16).images
-    assert clip_top1(images, nouns, nouns).float().mean() >= 0.68  # 0.75, less two standard errors
+    assert clip_top1(images, nouns, nouns).float().mean() >= 0.92  # 0.96, less two standard errors
 
 
 def test_no_text_is_unknown_to_the_tokenizer():
@@ -89,5 +90,7 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path):
 
 
 def test_the_shipped_weights_stay_small():
-    figures = json.loads((pretrain.HERE / "models/emoji/figures.json").read_text())
-    assert figures["weights_megabytes"] <= 20
+    folder = pretrain.HERE / "models/emoji"
+    megabytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+    assert megabytes <= 20
+    assert json.loads((folder / "figures.json").read_text())["weights_megabytes"] == pytest.approx(megabytes)
