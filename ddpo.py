@@ -39,7 +39,7 @@ from evaluate import guard, look, summary
 from kernels.ddim_step import guided
 from kernels.ppo_loss import fused_ppo_loss
 from rewards import parse_reward
-from sample import DTYPES, ddim_step, default_device, encode_prompts, latents_shape, predict
+from sample import DTYPES, ddim_step, default_device, encode_prompts, is_emoji, latents_shape, predict
 from training import (RunStopped, apply_gradients, collect, keep, log, own, reduce, reward_row, seeded, stage, start, watched)
 
 
@@ -93,7 +93,7 @@ class Config:
     # staying near what the base model knows
     kl: float = 0.0  # weight of the divergence from the base model, see kl_loss
     ema: float = 0.9  # look at, and keep, weights averaged over about 1 / (1 - ema) updates (0: the newest)
-    guard: float = 0.6  # how far a watched reward may fall, in standard deviations of the base model's pictures; 0: any depth
+    guard: float = 0.6  # how far a watched reward may fall, in standard deviations of the base model's pictures; 0: no guard at all
     patience: int = 2  # looks in a row beyond the guard, or no better on --eval-prompts, that end the run
 
     # watching and keeping
@@ -205,7 +205,7 @@ def check(config):
             refuse(setting, "must be at least 1")
     if config.seed >= 2**63:
         refuse("seed", "must be below 2**63")
-    for setting in ("updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "kl", "guard"):
+    for setting in ("updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "kl", "guard", "guidance_scale"):
         if getattr(config, setting) < 0:
             refuse(setting, "must not be negative")
     for setting in ("advantage_clip", "clip_range", "grad_clip"):
@@ -228,12 +228,14 @@ def check(config):
             refuse(setting, "must be above 0 and at most 1")
     if config.advantages == "group" and config.group_size < 2:
         refuse("group_size", "a group needs at least 2 pictures to compare; or choose --advantages batch or prompt")
+    if config.advantages == "prompt" and config.buffer_size < config.min_count:
+        refuse("buffer_size", f"must be at least --min-count {config.min_count}, or no prompt would ever have enough rewards")
     if config.advantages == "batch" and config.images < 2:
         refuse("images", "advantages over a batch need at least 2")
 
     config.device = config.device or str(default_device())
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if config.device == "cuda":  # torchrun's processes take one each
+    if config.device == "cuda" or config.device.startswith("cuda:") and world > 1:  # torchrun's processes take one each
         config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(0, device=config.device)
@@ -250,21 +252,24 @@ def check(config):
 
     config.dtype = config.dtype or ("fp32" if config.device == "mps" else "bf16")
     config.updates = config.updates or (4 if config.algorithm == "is" else 1)
-    emoji = Path(config.model).name == "emoji"  # 160 times smaller than Stable Diffusion: it takes, and needs, larger steps
+    emoji = is_emoji(config.model)  # 160 times smaller than Stable Diffusion: it takes, and needs, larger steps
     config.lr = config.lr or ((3e-3 if emoji else 3e-4) if config.lora_rank else (1e-4 if emoji else 1e-5))
     config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward)
     if config.algorithm == "sf" and config.updates * config.inner_epochs > 1:
         refuse("updates" if config.updates > 1 else "inner_epochs", "sf is only right on policy, so 1; or choose --algorithm is")
+    if config.eval_images < world:
+        refuse("eval_images", f"must be at least {world}, one for each process")
+    unit = math.lcm(config.group_size, config.sample_batch, config.updates) * world
     for setting in ("group_size", "sample_batch", "updates"):
-        unit = getattr(config, setting) * world
-        if config.images % unit:
+        if config.images % (getattr(config, setting) * world):
             processes = f" on each of {world} processes" if world > 1 else ""
             refuse("images", f"must be a multiple of --{setting.replace('_', '-')} {getattr(config, setting)}{processes}; "
                              f"{max(config.images // unit, 1) * unit} would do")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         refuse("tracker", f"is not installed; pip install {config.tracker}, or choose none")
     for name in watched(config):
-        parse_reward(name)
+        if parse_reward(name) != {name: 1.0}:
+            refuse("watch", f"a watched reward has no weight; write {name.rpartition(':')[0]}")
     return config
 
 
@@ -425,7 +430,8 @@ def fit(run):
 def parse_config(arguments, script=sys.modules[__name__]):
     """(Config, resume) from the command line: the preset's values, then the flags that were given. script: whose Config and PRESETS."""
     parser = argparse.ArgumentParser(description=script.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only --epochs and --patience may be given beside it")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only --epochs, --patience and --device may be given "
+                                                        "beside it")
     for field in fields(script.Config):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, "bool") else dict(type=type(field.default))
         parser.add_argument("--" + field.name.replace("_", "-"), default=None, help=f"(default {field.default!r})", **kind)
@@ -433,17 +439,19 @@ def parse_config(arguments, script=sys.modules[__name__]):
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     if "resume" in given:
         run = Path(given.pop("resume")).resolve()
-        if set(given) - {"epochs", "patience"}:
-            raise ValueError(f"--resume {run}: its settings are those of its config.json; only --epochs and --patience may be given beside it")
+        if set(given) - {"epochs", "patience", "device"}:
+            raise ValueError(f"--resume {run}: its settings are those of its config.json; only --epochs, --patience and --device may be given "
+                             "beside it")
         if not (run / "config.json").exists():
             raise ValueError(f"--resume {run}: no config.json in it; give the folder of a run, such as runs/compress")
         try:
             config = script.Config(**json.loads((run / "config.json").read_text()) | given)
         except (TypeError, json.JSONDecodeError):
-            raise ValueError(f"--resume {run}: its config.json is not that of a run; give the folder of a run") from None
+            raise ValueError(f"--resume {run}: its config.json is not that of a run of {Path(script.__file__).name}; give the folder of one, or "
+                             "go on with the script that made it") from None
         config.out, config.name = os.path.relpath(run.parent), run.name
         return config, True
-    preset = given.get("preset", "emoji" if given.get("model", "models/emoji") == "models/emoji" else "sd15")
+    preset = given.get("preset", "emoji" if is_emoji(given.get("model", script.Config.model)) else "sd15")
     if preset not in script.PRESETS:
         raise ValueError(f"--preset {preset}: unknown; choose {', '.join(script.PRESETS)}")
     settings = script.PRESETS[preset] | given | {"preset": preset}

@@ -37,7 +37,7 @@ from evaluate import eval_prompts, first_and_kept, guard, with_looks
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
 from run_folder import read_metrics
-from sample import load_pipeline, picture_grid, sample_trajectories
+from sample import is_emoji, load_pipeline, picture_grid, sample_trajectories
 from training import seeded
 
 HERE = Path(__file__).parent
@@ -453,7 +453,7 @@ def main(arguments=None):
     parser.add_argument("--draw", action="store_true", help="run nothing: tables and pictures from the logs that are there")
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     args = parser.parse_args(arguments)
-    shipped = args.model == "models/emoji"
+    shipped = is_emoji(args.model)
     choices = list(EXPERIMENTS) if shipped else ["rewards", "algorithms"]
     for name in args.experiments:
         if name not in choices:

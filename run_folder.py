@@ -32,6 +32,7 @@ def save_weights(pipeline, config, folder):
     from peft import get_peft_model_state_dict
 
     folder.mkdir(exist_ok=True)
+    run = folder.parent if folder.name == "last" else folder
     scratch = folder / "weights.tmp"
     target = folder if config.lora_rank else folder / "unet"
     try:
@@ -46,7 +47,7 @@ def save_weights(pipeline, config, folder):
             os.replace(file, target / file.name)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(f"{target}: weights cannot be written ({error}); the checkpoint before is intact: make room, then "
-                      f"--resume {folder}") from error
+                      f"--resume {run}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import ddpo
 from evaluate import guard, look
 from kernels.ddim_step import guided
-from sample import encode_prompts, predict
+from sample import encode_prompts, is_emoji, predict
 from training import apply_gradients, collect, gather, keep, log, own, reduce, reward_row, seeded, stage, start, watched
 
 
@@ -119,10 +119,12 @@ def check(config):
         refuse("beta", "must not be negative")
     if not 0 < config.top <= 1:
         refuse("top", "must be above 0 and at most 1")
+    if config.updates < 1:
+        refuse("updates", "must be at least 1")
     if config.per_prompt and config.group_size == 1:
         refuse("group_size", "a picture that is alone with its prompt always weighs 1; choose at least 2, or --no-per-prompt")
     suffix = "" if config.name else "-rwr-sparse" if config.weights == "sparse" else "-rwr"  # beside ddpo.py's runs
-    slower = 4 if config.lr == 0 and Path(config.model).name == "emoji" else 1
+    slower = 4 if config.lr == 0 and is_emoji(config.model) else 1
     config = ddpo.check(config)
     config.name += suffix
     config.lr /= slower

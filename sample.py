@@ -105,6 +105,11 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
     return pipeline
 
 
+def is_emoji(model):
+    """Whether a folder is the shipped model, however its path is written."""
+    return Path(model).name == "emoji"
+
+
 def load_tuned(pipeline, folder, scale, dtype):
     """Put a run's weights into the pipeline: its whole unet/, or its adapter."""
     try:
@@ -141,6 +146,13 @@ def ddim_scheduler(scheduler):
                              f"set {option} to false in scheduler/scheduler_config.json")
         config[option] = False  # DDIMScheduler's own default for clip_sample is True
     return DDIMScheduler.from_config(config)
+
+
+def step_etas(steps, eta=1.0, window=""):
+    """(T,) the eta of each step: within the window "first:end" of steps that are actions eta, 0 outside it; without one, eta."""
+    first, end = map(int, window.split(":")) if window else (0, steps)
+    step = torch.arange(steps)
+    return torch.where((step >= first) & (step < end), eta, 0.0)
 
 
 def ddim_table(scheduler, num_steps, eta=1.0):
@@ -368,7 +380,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the emoji model, 50 otherwise)")
     parser.add_argument("--guidance-scale", type=float, help="1 for none (default: the run's, or 4)")
-    parser.add_argument("--eta", type=float, default=1.0, help="0: deterministic, 1: as noisy as DDPM")
+    parser.add_argument("--eta", type=float, help="0: deterministic, 1: as noisy as DDPM (default: the run's, or 1)")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--out", default="samples.png")
@@ -378,18 +390,24 @@ def main(arguments=None):
     try:
         if args.images < 1:
             raise ValueError(f"--images {args.images}: must be at least 1")
+        if not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2**63")
         if not Path(args.out).parent.is_dir() or Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
             raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
-        settings = Path(args.lora or "") / "config.json"  # of the run
+        folder = Path(args.lora or "")
+        settings = (folder.parent if folder.name == "last" else folder) / "config.json"  # of the run
         run = json.loads(settings.read_text()) if args.lora and settings.exists() else {}
         model = args.model or run.get("model", "models/emoji")
-        steps = args.steps if args.steps is not None else run.get("steps", 10 if model == "models/emoji" else 50)
+        steps = args.steps if args.steps is not None else run.get("steps", 10 if is_emoji(model) else 50)
         guidance_scale = args.guidance_scale if args.guidance_scale is not None else run.get("guidance_scale", 4.0)
+        eta = args.eta if args.eta is not None else run.get("eta", 1.0)
+        if args.eta is None and run.get("window") and steps == run["steps"]:
+            eta = step_etas(steps, eta, run["window"])
         models = {"base": load_pipeline(model, args.device, DTYPES[args.dtype])}
         for scale in args.lora_scale if args.lora else []:
             label = "tuned" if len(args.lora_scale) == 1 else f"strength {scale:g}"
             models[label] = load_pipeline(model, args.device, DTYPES[args.dtype], args.lora, scale)
-        ddim_table(models["base"].scheduler, steps, args.eta)
+        ddim_table(models["base"].scheduler, steps, eta)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
 
@@ -400,7 +418,7 @@ def main(arguments=None):
         for prompt, (name, pipeline) in itertools.product(prompts, models.items()):
             generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.images)]  # the same noise down a column
             rows[f"{name}: {prompt}" if args.lora else prompt] = sample_trajectories(
-                pipeline, [prompt] * args.images, steps, guidance_scale, args.eta, generators, on_step=bar.update).images
+                pipeline, [prompt] * args.images, steps, guidance_scale, eta, generators, on_step=bar.update).images
     picture_grid([*rows.values()], [*rows], [f"seed {args.seed + i}" for i in range(args.images)]).save(args.out)
     print(f"{args.out}: {len(prompts)} prompts, seeds {args.seed} to {args.seed + args.images - 1}")
 

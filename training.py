@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,7 @@ from prompts import load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (load_checkpoint, open_tracker, plot_rewards, read_metrics, save_checkpoint, save_weights, write_whole)
 from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline, picture_grid,
-                    sample_trajectories)
+                    sample_trajectories, step_etas)
 
 
 class RunStopped(Exception):
@@ -106,9 +107,14 @@ def make_trainable(unet, config):
     if config.lora_rank:
         from peft import LoraConfig
 
+        targets, names = [target.strip() for target in config.lora_targets.split(",")], [name for name, _ in unet.named_modules()]
+        for target in targets:  # peft is content when one of them is there
+            if not any(f".{name}".endswith(f".{target}") for name in names if name):
+                raise ValueError(f"--lora-targets {config.lora_targets}: no layer of the UNet is called {target!r}; choose such as "
+                                 "to_q,to_k,to_v,to_out.0")
         torch.manual_seed(config.seed)  # the adapter starts the same on every process
         unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
-                                    target_modules=config.lora_targets.split(",")))
+                                    target_modules=targets))
     else:
         unet.requires_grad_(True)
     parameters = [p for p in unet.parameters() if p.requires_grad]
@@ -126,15 +132,8 @@ def make_optimizer(parameters, config):
 
 def watched(config):
     """The rewards of --watch that are not trained on."""
-    names = [name.strip() for name in config.watch.split(",")]
+    names = dict.fromkeys(name.strip() for name in config.watch.split(","))
     return [name for name in names if name and name not in parse_reward(config.reward)]
-
-
-def step_etas(config):
-    """(T,) the eta of each step: config.eta inside the window of steps that are actions, 0 outside it."""
-    first, last = map(int, config.window.split(":")) if config.window else (0, config.steps)
-    steps = torch.arange(config.steps)
-    return torch.where((steps >= first) & (steps < last), config.eta, 0.0)
 
 
 def start(config, resume=False):
@@ -156,7 +155,7 @@ def start(config, resume=False):
     rewards = {name: get_reward(name, device) for name in [*parts, *watched(config)]}
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)  # what is trained is float32
     unet = pipeline.unet
-    eta = step_etas(config)
+    eta = step_etas(config.steps, config.eta, config.window)
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
     policy_steps = (table[:, 2] > 0).nonzero().flatten()  # a step without noise, such as some schedules' last, is no action
     policy_steps = policy_steps[:math.ceil(config.train_first * len(policy_steps))]
@@ -198,6 +197,11 @@ def start(config, resume=False):
         run.optimizer.load_state_dict(run.saved["optimizer"])
         run.scaler.load_state_dict(run.saved["scaler"])
         run.rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["epoch"] <= run.epoch]
+        if [row["epoch"] for row in run.rows] != list(range(run.epoch + 1)):
+            raise ValueError(f"--resume {folder}: its checkpoint is of epoch {run.epoch}, but metrics.jsonl lacks rows before that, or has a "
+                             "damaged line; mend that file, or begin anew with another --name")
+    elif resume and rank == 0:
+        print(f"{folder}: no checkpoint that can be read; it begins again", file=sys.stderr)
     run.step = GraphedStep() if config.cuda_graph else None
     # Rewards are computed while the next pictures are sampled; but not on a CPU, where a second thread that calls torch makes
     # every operation of the first slower (libgomp no longer spins between them once it counts more threads than cores).
@@ -318,7 +322,10 @@ def log(run, row):
     run.rows.append(row)
     if run.rank == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            # JSON knows no infinity, which is what the norm of gradients is where fp16 overflowed
+            file.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # not to be behind the checkpoint after a power cut
         plot_rewards(run.rows, run.config, run.folder / "rewards.png")
         if run.track:
             run.track(row, row["epoch"])

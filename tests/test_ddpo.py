@@ -240,6 +240,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
             save_checkpoint(tmp_path / "checkpoint", {"epoch": 2, "parameters": [torch.zeros(1_000_000)]})
         with pytest.raises(OSError, match="make room, then --resume"):
             save_weights(pipeline, Config(lora_rank=0), tmp_path)
+        with pytest.raises(OSError, match=f"--resume {tmp_path}$"):  # the run's folder, not that of its newest weights
+            save_weights(pipeline, Config(lora_rank=0), tmp_path / "last")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["epoch_000001.pt"]
@@ -271,8 +273,11 @@ def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
     (["--images", "10"], "multiple of"), (["--images", "-8"], "images"), (["--group-size", "1"], "group-size"), (["--steps", "2000"], "2000"),
     (["--eta", "0"], "eta"), (["--eta", "inf"], "eta"), (["--timestep-fraction", "0"], "timestep-fraction"), (["--algorithm", "ppo"], "ppo"),
     (["--algorithm", "sf", "--updates", "2"], "sf"), (["--lora-rank", "4", "--lora-targets", "no_such_layer"], "no_such_layer"),
-    (["--resume", "no/such/run"], "no/such/run"), (["--resume", "models/emoji/unet"], "not that of a run"), (["--epochs", "x"], "epochs"), (["--reward", "WRONG_SHAPE"], "shape"), (["--reward", "NAN"], "nan"),
-    (["--reward", "compress:x"], "weight"), (["--tracker", "abacus"], "abacus"), (["--model", "BENT"], "thresholding"),
+    (["--resume", "no/such/run"], "no/such/run"), (["--resume", "models/emoji/unet"], "not that of a run"), (["--epochs", "x"], "epochs"),
+    (["--reward", "WRONG_SHAPE"], "shape"), (["--reward", "NAN"], "nan"),
+    (["--watch", "clip:0.5"], "write clip"), (["--lora-rank", "4", "--lora-targets", "to_q,to_kk"], "'to_kk'"),
+    (["--guidance-scale", "-2"], "guidance-scale"),
+    (["--advantages", "prompt", "--buffer-size", "8"], "--min-count 16"), (["--images", "40"], "32 would do"), (["--reward", "compress:x"], "weight"), (["--tracker", "abacus"], "abacus"), (["--model", "BENT"], "thresholding"),
 ])
 def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monkeypatch, arguments, names):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -292,6 +297,37 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys
     err = capsys.readouterr().err
     assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "runs").exists()
+
+
+def test_each_process_needs_a_picture_to_look_at_and_takes_its_own_gpu_also_after_a_resume(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="--eval-images 1: must be at least 2"):
+        ddpo.check(Config(device="cpu", eval_images=1))
+    used = []
+    monkeypatch.setattr(torch, "empty", lambda *size, device: used.append(device) or torch.zeros(0))  # no GPU here to ask
+    for device in ("cuda", "cuda:0"):  # as given, and as the config.json of rank 0 has it
+        ddpo.check(Config(device=device, images=64))
+    assert set(used) == {"cuda:1"}
+
+
+def test_the_shipped_model_has_its_preset_however_its_path_is_written():
+    for model in ("models/emoji", "./models/emoji/", str(ROOT / "models/emoji")):
+        assert ddpo.parse_config(["--model", model])[0].preset == "emoji"
+    assert ddpo.parse_config(["--model", "other/model"])[0].preset == "sd15"
+
+
+def test_a_run_with_damaged_metrics_is_not_resumed_over_them_and_one_without_checkpoint_says_so(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "broken")
+    damaged = "{" + (run / "metrics.jsonl").read_text()
+    (tmp_path / "broken/metrics.jsonl").write_text(damaged)
+    with pytest.raises(SystemExit) as stop:
+        ddpo.main(["--resume", str(tmp_path / "broken"), "--epochs", "4"])
+    assert stop.value.code == 2 and "metrics.jsonl lacks rows" in capsys.readouterr().err
+    assert (tmp_path / "broken/metrics.jsonl").read_text() == damaged
+    shutil.rmtree(tmp_path / "broken/checkpoint")
+    ddpo.main(["--resume", str(tmp_path / "broken"), "--epochs", "1"])
+    assert "no checkpoint that can be read; it begins again" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_never_overwritten(run, capsys):

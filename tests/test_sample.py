@@ -172,19 +172,26 @@ def test_labels_are_wrapped_and_a_seed_keeps_its_column_when_strengths_are_compa
 
 
 def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps({"model": "models/emoji", "steps": 3, "guidance_scale": 1.0}))
+    settings = {"model": "models/emoji", "steps": 3, "guidance_scale": 1.0, "eta": 0.5, "window": "1:2"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     asked = []
     monkeypatch.setattr(sample, "load_tuned", lambda *_: None)
-    monkeypatch.setattr(sample, "sample_trajectories", lambda pipeline, prompts, *args, **_: asked.append(args[:2]) or sample.Trajectories(
+    monkeypatch.setattr(sample, "sample_trajectories", lambda pipeline, prompts, *args, **_: asked.append(args[:3]) or sample.Trajectories(
         None, None, None, torch.zeros(len(prompts), 3, 64, 64, dtype=torch.uint8), prompts))
-    sample.main(["--lora", str(tmp_path), "--prompt", "a cat", "--out", str(tmp_path / "a.png")])
-    sample.main(["--lora", str(tmp_path), "--prompt", "a cat", "--out", str(tmp_path / "a.png"), "--steps", "2", "--guidance-scale", "5"])
-    assert asked == [(3, 1.0), (3, 1.0), (2, 5.0), (2, 5.0)]
+    command = ["--prompt", "a cat", "--out", str(tmp_path / "a.png"), "--lora"]
+    for folder in (tmp_path, tmp_path / "last"):  # the newest weights, where the guard has kept older ones
+        sample.main([*command, str(folder)])
+        steps, guidance_scale, eta = asked.pop()
+        assert (steps, guidance_scale, eta.tolist()) == (3, 1.0, [0.0, 0.5, 0.0]) and len(asked) == 1  # the base model, too
+        asked.clear()
+    sample.main([*command, str(tmp_path), "--steps", "2", "--guidance-scale", "5"])  # the window is of three steps
+    sample.main([*command, str(tmp_path), "--eta", "0"])
+    assert asked == [(2, 5.0, 0.5)] * 2 + [(3, 1.0, 0.0)] * 2
 
 
 @pytest.mark.parametrize("arguments, names", [(["--steps", "0"], "--steps 0"), (["--device", "toaster"], "toaster"), (["--images", "0"], "--images 0"),
                                               (["--lora", "data"], "--lora data"), (["--out", "no/such/folder/a.png"], "--out"),
-                                              (["--eta", "2"], "--eta"), (["--steps", "x"], "--steps")])
+                                              (["--eta", "2"], "--eta"), (["--seed", "18446744073709551616"], "--seed"), (["--steps", "x"], "--steps")])
 def test_what_the_command_line_cannot_do_is_one_line(tmp_path, capsys, arguments, names):
     with pytest.raises(SystemExit) as stop:
         sample.main(arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "grid.png")])

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 import ddpo
 from ddpo import Config, PRESETS, kl_loss, parse_config, reference_output, step_weights
 from run_folder import read_metrics
-from sample import ddim_table, encode_prompts, load_pipeline, predict
+from sample import ddim_table, encode_prompts, load_pipeline, predict, step_etas
 from stable_diffusion import save_pipeline
-from training import start, step_etas
+from training import start
 
 SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=1, eval_images=4, group_size=2, watch="", updates=2, lora_rank=4,
              device="cpu", dtype="fp32", lr=1e-3)
@@ -147,7 +147,7 @@ def test_the_divergence_joins_the_fused_kernels_gradient(epsilon_model, tmp_path
 
 def test_outside_the_window_steps_are_deterministic_and_are_no_actions(epsilon_model, tmp_path):
     config = ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(steps=10, window="2:5", train_first=0.5)))
-    assert step_etas(config).tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert step_etas(config.steps, config.eta, config.window).tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
     run = start(config)
     assert run.policy_steps.tolist() == [2, 3]
     _, stochastic = ddim_table(run.pipeline.scheduler, 10, 1.0)
