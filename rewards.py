@@ -197,8 +197,8 @@ def load(option, loader, model, *arguments):
         elif not Path(model).exists() and not Path(model).is_absolute():
             place = HERE / "models" / Path(model).name
             cure = f"where there is a network, `hf download {model} --local-dir {place}`, and bring that folder here; or {cure}"
-        raise RewardError(f"reward {option.partition('=')[0]}: cannot load {model} ({one_line(error):.200}); {cure}; compress, incompress, clip and file.py:function "
-                          "need no download") from error
+        raise RewardError(f"reward {option.partition('=')[0]}: cannot load {model} ({one_line(error):.200}); {cure}; "
+                          "compress, incompress, clip and file.py:function need no download") from error
 
 
 def load_function(spec):

@@ -277,7 +277,8 @@ def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
     (["--reward", "WRONG_SHAPE"], "shape"), (["--reward", "NAN"], "nan"),
     (["--watch", "clip:0.5"], "write clip"), (["--lora-rank", "4", "--lora-targets", "to_q,to_kk"], "'to_kk'"),
     (["--guidance-scale", "-2"], "guidance-scale"),
-    (["--advantages", "prompt", "--buffer-size", "8"], "--min-count 16"), (["--images", "40"], "32 would do"), (["--reward", "compress:x"], "weight"), (["--tracker", "abacus"], "abacus"), (["--model", "BENT"], "thresholding"),
+    (["--advantages", "prompt", "--buffer-size", "8"], "--min-count 16"), (["--images", "40"], "32 would do"),
+    (["--reward", "compress:x"], "weight"), (["--tracker", "abacus"], "abacus"), (["--model", "BENT"], "thresholding"),
 ])
 def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, monkeypatch, arguments, names):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
