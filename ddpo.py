@@ -40,7 +40,7 @@ from kernels.ddim_step import guided
 from kernels.ppo_loss import fused_ppo_loss
 from rewards import parse_reward
 from sample import DTYPES, ddim_step, default_device, encode_prompts, is_emoji, latents_shape, predict
-from training import (RunStopped, apply_gradients, collect, keep, log, own, reduce, reward_row, seeded, stage, start, watched)
+from training import (RunStopped, apply_gradients, collect, keep, log, own, reduce, reward_row, seeded, stage, start, time_row, watched)
 
 
 @dataclass
@@ -74,10 +74,10 @@ class Config:
 
     # updates
     algorithm: str = "is"  # is, sf
-    updates: int = 0  # an epoch and inner epoch; 0: 4 for is, 1 for sf, which is only right on policy
+    updates: int = 0  # of each inner epoch; 0: 4 for is, 1 for sf, which is only right on policy
     inner_epochs: int = 1  # passes over an epoch's pictures
     train_first: float = 0.5  # share of the steps, from the first on, that are trained: these decide what is where, the rest how sharp
-    timestep_fraction: float = 1.0  # of these, the share that is trained on of each picture, drawn anew each epoch
+    timestep_fraction: float = 1.0  # of these, the share that is trained on of each picture, drawn anew each inner epoch
     step_weights: str = "none"  # equal: takes out of each step's gradient that some speak louder than others, see step_weights
     train_batch: int = 32  # (picture, step) pairs through the UNet at once: memory, not mathematics
     train_guidance: bool = True  # train the guided policy, which is the one that sampled
@@ -309,14 +309,14 @@ def describe(run, trained_steps):
     passes = 2 if config.guidance_scale > 1 else 1
     updates = config.updates * config.inner_epochs
     pairs = config.images // config.updates * trained_steps  # of an update
-    rows = config.images * config.steps * passes, updates * pairs * (passes if config.train_guidance else 1)
+    forward, backward = config.images * config.steps * passes, updates * pairs * (passes if config.train_guidance else 1)
     trained = sum(p.numel() for p in run.parameters) / 1e6
     return (f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, {config.steps} steps each, "
             f"{trained_steps} of them trained on\n"
             f"  {updates} updates an epoch of {pairs} (picture, step) pairs, {min(config.train_batch, pairs // run.world)} at once on each of "
             f"{run.world} x {config.device}; {trained:.2f} M parameters at lr {config.lr:g}, {config.dtype}\n"
-            f"  an epoch costs {rows[0]:,} UNet rows forward and {rows[1]:,} forward and backward, all epochs about "
-            f"{config.epochs * (rows[0] + 3 * rows[1]):,} forward rows' worth")
+            f"  an epoch costs {forward:,} UNet rows forward and {backward:,} forward and backward, all epochs about "
+            f"{config.epochs * (forward + 3 * backward):,} forward rows' worth")
 
 
 def fit(run):
@@ -325,7 +325,7 @@ def fit(run):
     trained_steps = max(1, round(config.timestep_fraction * len(run.policy_steps)))  # of each picture
     pairs = config.images // config.updates * trained_steps  # of an update, over all processes
     clip_range = clip_range_for(config.clip_range, latents_shape(run.pipeline)) if config.algorithm == "is" else None
-    train_guidance = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
+    guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
     weights = step_weights(run.table, run.policy_steps, config.step_weights)
     statistics = {name: PromptStats(config.buffer_size, config.min_count) for name in run.parts}
     for name, buffers in (run.saved or {"statistics": {}})["statistics"].items():
@@ -359,14 +359,15 @@ def fit(run):
 
         # 4. update
         prompt_embeds = encode_prompts(run.pipeline, walks.prompts, run.known)
-        negative_embeds = encode_prompts(run.pipeline, [""], run.known) if train_guidance else None
+        negative_embeds = encode_prompts(run.pipeline, [""], run.known) if guidance_scale else None
         totals, ratio_error, grad_norms = torch.zeros(4, device=device), torch.zeros((), device=device), []
+        # totals: of the loss, (log ρ)², clipped pairs, divergence
         updating = stage(run, "updating", config.inner_epochs * len(mine) * trained_steps)
         for inner in range(config.inner_epochs):
             order = torch.rand(config.images, len(run.policy_steps), generator=seeded(config.seed, epoch, 2, inner)).argsort(1)[mine]
             steps = run.policy_steps[order[:, :trained_steps]]  # (B, K): which steps of each picture
             for update in range(config.updates):
-                chosen = (mine % config.updates == update).nonzero().flatten()  # each group gives a picture to each update
+                chosen = (mine % config.updates == update).nonzero().flatten()  # a group's pictures are spread over the updates
                 pair_image, pair_step = chosen.repeat_interleave(trained_steps), steps[chosen].flatten()
                 for image, step in zip(pair_image.split(config.train_batch), pair_step.split(config.train_batch)):
                     x = latents[image.to(home), step.to(home)].to(device)
@@ -379,14 +380,14 @@ def fit(run):
                     scale = run.scaler.scale(torch.full((), 1 / pairs, device=device))  # the mean over the update, times fp16's loss scale
                     if kernels.use_triton(x):  # loss and gradient in one launch
                         loss, log_prob, _, _, grad = fused_ppo_loss(output.detach(), x, x_next, run.table[step], old, advantage,
-                                                                    clip_range, train_guidance, scale)
+                                                                    clip_range, guidance_scale, scale)
                         roots, gradients = [output], [grad]
                     else:  # the same, as the formulas have it
-                        _, log_prob = ddim_step(output, x, run.table[step], x_next, guidance_scale=train_guidance)
+                        _, log_prob = ddim_step(output, x, run.table[step], x_next, guidance_scale=guidance_scale)
                         loss = is_loss(log_prob, old, advantage, clip_range) if clip_range else sf_loss(log_prob, advantage)
                         roots, gradients = [loss.sum() * scale], [None]
                     if config.kl:
-                        divergence = kl_loss(output, reference, train_guidance)
+                        divergence = kl_loss(output, reference, guidance_scale)
                         roots.append(config.kl * divergence.sum() * scale)
                         gradients.append(None)
                         totals[3] += divergence.detach().sum()
@@ -402,19 +403,15 @@ def fit(run):
         updating.close()
 
         # 5. log
-        loss, squared, outside, divergence = (reduce(totals) / (pairs * config.updates * config.inner_epochs)).tolist()
-        seconds = time.perf_counter() - clock
+        mean_loss, mean_square, clip_fraction, mean_kl = (reduce(totals) / (pairs * config.updates * config.inner_epochs)).tolist()
         row = {"epoch": epoch, "images": epoch * config.images} | reward_row(run, scores)
-        row |= {"loss": loss, "approx_kl": squared / 2, "clip_fraction": outside}
-        row |= {"kl": divergence} if config.kl else {}
-        row |= {"ratio_error": reduce(ratio_error, dist.ReduceOp.MAX).item(), "grad_norm": sum(grad_norms) / len(grad_norms),
-                "seconds": seconds, "seconds_sample": seconds_sample, "seconds_reward": seconds_reward,
-                "seconds_update": seconds - seconds_sample - seconds_reward, "images_per_second": config.images / seconds}
-        if device.type == "cuda":
-            row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row |= {"loss": mean_loss, "approx_kl": mean_square / 2, "clip_fraction": clip_fraction}
+        row |= {"kl": mean_kl} if config.kl else {}
+        row |= {"ratio_error": reduce(ratio_error, dist.ReduceOp.MAX).item(), "grad_norm": sum(grad_norms) / len(grad_norms)}
+        row |= time_row(run, clock, seconds_sample, seconds_reward)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             row |= look(run, epoch)
-            row["seconds_eval"] = time.perf_counter() - clock - seconds
+            row["seconds_eval"] = time.perf_counter() - clock - row["seconds"]
         log(run, row)
         best, stop = guard(run.rows, config)
         if epoch % config.checkpoint_every == 0 or epoch in (best, config.epochs) or stop:
@@ -433,7 +430,7 @@ def parse_config(arguments, script=sys.modules[__name__]):
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only --epochs, --patience and --device may be given "
                                                         "beside it")
     for field in fields(script.Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type in (bool, "bool") else dict(type=type(field.default))
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=type(field.default))
         parser.add_argument("--" + field.name.replace("_", "-"), default=None, help=f"(default {field.default!r})", **kind)
     parser.error = lambda message: parser.exit(2, f"{message}\n")  # one line, without argparse's page of usage
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}

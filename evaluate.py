@@ -14,7 +14,7 @@ from sample import picture_grid
 from training import averaged, gather, own, rollout, score, stage, watched
 
 
-def eval_prompts(prompts, count):
+def fixed_prompts(prompts, count):
     """`count` prompts, each twice in a row (diversity is a matter between pictures of one prompt), spread over a long list, again and
     again over a short one."""
     different = (count + 1) // 2
@@ -46,20 +46,19 @@ def look(run, epoch):
 
 def look_at(run, epoch, view, prompt_set, eta, bar):
     config = run.config
-    prompts = eval_prompts(prompt_set, config.eval_images)
+    prompts = fixed_prompts(prompt_set, config.eval_images)
     candidates = list(dict.fromkeys(prompts + load_prompts("animals") + load_prompts("animals_held_out")))
-    results, pictures, embeddings = [], [], []
+    batches, pictures, embeddings = [], [], []
     for index in own(run, len(prompts)).split(config.sample_batch):
         batch = [prompts[i] for i in index]
         images = rollout(run, batch, [(0, 0, i) for i in index.tolist()], bar, eta).images
-        values = {name: value.tolist() for name, value in score(run, images, batch).items()}
+        batches.append(score(run, images, batch))
         if "clip" in run.rewards:
-            values["clip_top1"] = clip_top1(images, batch, candidates, run.device).float().tolist()
+            batches[-1]["clip_top1"] = clip_top1(images, batch, candidates, run.device).float()
             embeddings += clip_image_embeddings(images, run.device)
-        results += [dict(zip(values, row)) for row in zip(*values.values())]
         pictures += [image.cpu() for i, image in zip(index.tolist(), images) if i % 2 == 0 and i < 16]
-    results, pictures, embeddings = gather(results), gather(pictures), gather(embeddings)
-    values = {name: torch.tensor([row[name] for row in results]) for name in results[0]}
+    pictures, embeddings = gather(pictures), gather(embeddings)
+    values = {name: torch.tensor(gather(torch.cat([scores[name] for scores in batches]).tolist())) for name in batches[0]}
     trained = sum(weight * values[name] for name, weight in run.parts.items())
     row = {f"{view}_reward": trained.mean().item()}
     row |= {f"{view}_{name}": value.mean().item() for name, value in values.items() if [*run.parts] != [name]}

@@ -193,7 +193,7 @@ def spoil(pixels):
     """Blur, noise, contrast and shifts of colour: what the decoder and a generator do to a picture must not fool the reward."""
     batch = len(pixels)
 
-    def some(probability, *shape):
+    def some(probability):
         return (torch.rand(batch, 1, 1, 1, device=pixels.device) < probability).float()
 
     small = F.interpolate(pixels, scale_factor=(0.4, 0.5, 0.6, 0.75)[torch.randint(4, ())], mode="area")

@@ -38,7 +38,7 @@ def load_prompts(spec):
 
 def set_names(specs):
     """The sets in a list such as "animals_held_out,objects"; "" has none."""
-    return [name for name in specs.split(",") if name]
+    return [name.strip() for name in specs.split(",") if name.strip()]
 
 
 def sample_prompts(prompts, n, generator=None, group_size=1):

@@ -17,6 +17,7 @@ judge or as a witness, knows icons alone.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from ddpo import Config
-from evaluate import eval_prompts, first_and_kept, guard, with_looks
+from evaluate import first_and_kept, fixed_prompts, guard, with_looks
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
 from run_folder import read_metrics
@@ -41,7 +43,7 @@ from sample import is_emoji, load_pipeline, picture_grid, sample_trajectories
 from training import seeded
 
 HERE = Path(__file__).parent
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, two-sided 95 %, by number of seeds
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, two-sided 95 %, by number of seeds; 2.31 for 9
 # "a cat with a guitar", without guidance: then alignment has something to improve, and a step costs half
 CLIP = "--prompts pairs --guidance-scale 1 --images 128 --group-size 16"
 FLAGS = {"clip": f"{CLIP} --lr 1.5e-4 --epochs 20 --eval-every 2 --eval-prompts animal_objects_held_out"}
@@ -69,12 +71,11 @@ CHEAPER = {
 def plan(experiment, seeds):
     """{run: command} of an experiment, in the order in which they are worth having."""
     runs = {}
-    for reward in ("compress", "clip", "incompress") if experiment == "algorithms" else ():
-        for seed in range(seeds):
-            for name, script in ALGORITHMS.items():
-                flags = f"{CLIP} --lr {'4e-5' if 'rwr' in script else '1.5e-4'}" if reward == "clip" else "--images 64"
-                runs[f"{reward}-{name}-{seed}"] = (f"{script} --reward {reward} --seed {seed} {flags} --epochs 5 --warmup 0 --guard 0 --ema 0 "
-                                                   "--eval-every 5")
+    if experiment == "algorithms":
+        for reward, seed, (name, script) in itertools.product(("compress", "clip", "incompress"), range(seeds), ALGORITHMS.items()):
+            flags = f"{CLIP} --lr {'4e-5' if 'rwr' in script else '1.5e-4'}" if reward == "clip" else "--images 64"
+            runs[f"{reward}-{name}-{seed}"] = (f"{script} --reward {reward} --seed {seed} {flags} --epochs 5 --warmup 0 --guard 0 --ema 0 "
+                                               "--eval-every 5")
     for seed in range(seeds):
         if experiment in ("rewards", "generalisation"):
             for reward in ("compress", "clip", "incompress") if experiment == "rewards" else HELD_OUT:
@@ -121,22 +122,19 @@ def run_all(runs, out, logs, jobs, minutes):
                 resume = (out / name / "config.json").exists()
                 command = [script, "--resume", str(out / name)] if resume else [script, *flags, "--name", name, "--out", str(out)]
                 tqdm.write("python " + " ".join(command))
-                quiet = None if jobs == 1 else subprocess.DEVNULL
-                running[name] = subprocess.Popen([sys.executable, *command], stdout=quiet, stderr=quiet if quiet is None else subprocess.PIPE,
-                                                 env=os.environ | {"OMP_NUM_THREADS": threads})
-            for name, process in list(running.items()):
-                if process.stderr and process.poll() is None:
-                    os.set_blocking(process.stderr.fileno(), False)
-                    process.stderr.read()  # an unread pipe would stop the run
+                log = tempfile.TemporaryFile("w+") if jobs > 1 else None  # several at once would write over each other
+                running[name] = log, subprocess.Popen([sys.executable, *command], stdout=log, stderr=log,
+                                                      env=os.environ | {"OMP_NUM_THREADS": threads})
+            for name, (log, process) in list(running.items()):
                 if process.poll() is not None:
                     if process.returncode:
-                        raise SystemExit(f"{name} ended with exit code {process.returncode}: python {runs[name]} "
-                                         f"{(process.stderr.read() or b'').decode()[-500:] if process.stderr else ''}")
+                        said = log.seek(0) or log.read()[-500:] if log else ""
+                        raise SystemExit(f"{name} ended with exit code {process.returncode}: python {runs[name]} {said}")
                     del running[name]
                     bar.update()
             time.sleep(0.5)
     finally:
-        for process in running.values():
+        for _, process in running.values():
             process.terminate()
         bar.close()
         for name in runs:
@@ -162,7 +160,7 @@ def interval(values):
     values = list(values)
     if len(values) < 2:
         return values[0], 0.0
-    return statistics.mean(values), T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), T_95.get(len(values), 2.31) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def plots(columns, width=4.2, height=3.4):
@@ -216,9 +214,9 @@ def pictures(config, weights, prompts, path, columns=10):
     picture_grid(rows, list(weights), chosen, cell=112).save(path)
 
 
-def look_at(config, folder, prompts, strength=1.0):
+def measure(config, folder, prompts, strength=1.0):
     """The fixed pictures of evaluate.look, for a run's weights (None: the base model): means of {compress, clip, clip_top1}."""
-    chosen, pipeline = eval_prompts(prompts, 64), load_pipeline(config.model, lora=folder, lora_scale=strength)
+    chosen, pipeline = fixed_prompts(prompts, 64), load_pipeline(config.model, lora=folder, lora_scale=strength)
     candidates = list(dict.fromkeys(chosen + load_prompts("animals") + load_prompts("animals_held_out")))
     images = torch.cat([sample_trajectories(pipeline, chosen[i:i + 32], config.steps, config.guidance_scale, generator=[
         seeded(0, 0, j, device=pipeline.device) for j in range(i, i + 32)]).images for i in (0, 32)])
@@ -316,7 +314,7 @@ def draw_generalisation(runs, results, out):
             for name in sets:
                 if f"{run} {name}" not in seen:
                     how = replace(config, guidance_scale=4.0) if run == "guided" else config
-                    seen[f"{run} {name}"] = look_at(how, folder, load_prompts(name))
+                    seen[f"{run} {name}"] = measure(how, folder, load_prompts(name))
     path.write_text(json.dumps(seen, indent=1) + "\n")
     figure, axes = plots(len(HELD_OUT))
     lines, numbers = ["| reward | prompts | before | after | change | base model, guidance 4 |", "| --- | --- | --- | --- | --- | --- |"], {}
@@ -369,17 +367,14 @@ def draw_overoptimisation(runs, results, out):
     axes[-1].set(xlabel="JPEG size (kB)", ylabel="recognised (top-1)")
     axes[-1].invert_xaxis()
     if (out / "over-none-0" / "unet").exists():
-        last = out / "over-none-0" / "last"
-        rows = {"before": None, "none": last if last.exists() else out / "over-none-0", "guard": out / "over-none-0"}
-        rows |= {name: out / f"over-{name}-0" for name in PREVENTIONS if name != "none" and (out / f"over-{name}-0").exists()}
-        for name in ("kl", "ema", "mixture"):  # at their last epoch: what each does without the guard
-            if name in rows and (rows[name] / "last").exists():
-                rows[name] = rows[name] / "last"
+        folders = {name: out / f"over-{name}-0" for name in PREVENTIONS if (out / f"over-{name}-0").exists()}
+        newest = {name: folder / "last" if (folder / "last").exists() else folder for name, folder in folders.items()}
+        weights = {"before": None, "none": newest["none"], "guard": folders["none"]} | newest  # but for "guard", at their last epoch
         config = settings_of(out / "over-none-0")
-        pictures(config, rows, load_prompts("animals"), results / "overoptimisation_pictures.png")
-        strengths = {f"strength {s:g}": (rows["none"], s) for s in (0.25, 0.5, 0.75, 1.0)}
+        pictures(config, weights, load_prompts("animals"), results / "overoptimisation_pictures.png")
+        strengths = {f"strength {s:g}": (newest["none"], s) for s in (0.25, 0.5, 0.75, 1.0)}
         pictures(config, {"before": None} | strengths, load_prompts("animals"), results / "strength.png")
-        turned_down = [look_at(config, rows["none"], load_prompts("animals"), s) | {"strength": s} for s in (0.25, 0.5, 0.75, 1.0)]
+        turned_down = [measure(config, newest["none"], load_prompts("animals"), s) | {"strength": s} for s in (0.25, 0.5, 0.75, 1.0)]
         (results / "logs" / "strength.json").write_text(json.dumps(turned_down, indent=1) + "\n")
     if (results / "logs" / "strength.json").exists():
         numbers["strength"] = turned_down = json.loads((results / "logs" / "strength.json").read_text())

@@ -109,7 +109,7 @@ def pickscore(device, model=None, processor=None):
 
 
 def clip_image_embeddings(images, device=None, model=EMOJI_CLIP):
-    """(B, D), L2-normalised, on the CPU: for the diversity of a batch, 1 − mean cosine of its pairs."""
+    """(B, D), L2-normalised, on the CPU: for the diversity of a batch, 1 − mean cosine between pictures of a prompt."""
     return embed_images(load_clip(model, pick_device(device)), images).cpu()
 
 

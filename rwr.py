@@ -23,7 +23,6 @@ each generation is smoother than the last. What the reward adds is the differenc
 import sys
 import time
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -33,7 +32,7 @@ import ddpo
 from evaluate import guard, look
 from kernels.ddim_step import guided
 from sample import encode_prompts, is_emoji, predict
-from training import apply_gradients, collect, gather, keep, log, own, reduce, reward_row, seeded, stage, start, watched
+from training import apply_gradients, collect, gather, keep, log, own, reduce, reward_row, seeded, stage, start, time_row, watched
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Config(ddpo.Config):
 
 # The paper: 10k pictures an iteration, 400 updates of 128. Here a tenth of the pictures, in groups, since weights compare those of a prompt.
 PRESETS = {name: {key: value for key, value in preset.items() if key in {field.name for field in fields(Config)}} |
-           (dict(images=1024, updates=8, inner_epochs=5, group_size=4, epochs=20, eval_every=2, checkpoint_every=1) if preset else {})
+           (dict(images=1024, updates=8, group_size=4, epochs=20, eval_every=2, checkpoint_every=1) if preset else {})
            for name, preset in ddpo.PRESETS.items()}
 
 
@@ -141,7 +140,7 @@ def fit(run):
     config, device, pipeline = run.config, run.device, run.pipeline
     pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
     updates = config.updates * config.inner_epochs  # an epoch
-    guidance = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
+    guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
     total = pipeline.scheduler.config.num_train_timesteps
 
     if run.rank == 0:
@@ -164,25 +163,25 @@ def fit(run):
         rewards = sum(weight * ddpo.batch_advantages(scores[name]) for name, weight in run.parts.items())
         weights = weigh(rewards, prompts, config)
         chosen = weights.nonzero().flatten()  # no pass through the network for what counts nothing
-        share = len(chosen) / len(weights)
+        share = len(chosen) / len(weights)  # the mean over the chosen, times this, is the mean over all
 
         # 4. update
-        negative_embeds = encode_prompts(pipeline, [""], run.known) if guidance else None
+        negative_embeds = encode_prompts(pipeline, [""], run.known) if guidance_scale else None
         losses, grad_norms = torch.zeros((), device=device), []
         updating = stage(run, "updating", updates * len(own(run, pairs)))
         for inner in range(config.inner_epochs):
             order = chosen[torch.randperm(len(chosen), generator=seeded(config.seed, epoch, 2, inner))]
             order = order.repeat(-(-config.images // len(chosen)))[:config.images]  # as many pairs, whatever the weights
-            for update, picture in enumerate(order.split(pairs)):
+            for update, indices in enumerate(order.split(pairs)):
                 generator = seeded(config.seed, epoch, 3, inner, update)
                 timesteps = torch.randint(total, (pairs,), generator=generator)
                 noise = torch.randn(pairs, *clean.shape[1:], generator=generator)
                 for mine in own(run, pairs).split(config.train_batch):
-                    i = picture[mine]
-                    prompt_embeds = encode_prompts(pipeline, [prompts[j] for j in i], run.known)
-                    loss = denoising_loss(pipeline, clean[i].to(device), noise[mine].to(device), timesteps[mine].to(device),
-                                          prompt_embeds, negative_embeds, guidance, run.dtype)
-                    loss = (share * weights[i].to(device) * loss).sum() / pairs
+                    index = indices[mine]
+                    prompt_embeds = encode_prompts(pipeline, [prompts[i] for i in index], run.known)
+                    loss = denoising_loss(pipeline, clean[index].to(device), noise[mine].to(device), timesteps[mine].to(device),
+                                          prompt_embeds, negative_embeds, guidance_scale, run.dtype)
+                    loss = (share * weights[index].to(device) * loss).sum() / pairs
                     run.scaler.scale(loss).backward()
                     losses += loss.detach()
                     updating.update(len(mine))
@@ -190,17 +189,13 @@ def fit(run):
         updating.close()
 
         # 5. log
-        seconds = time.perf_counter() - clock
         row = {"epoch": epoch, "images": epoch * config.images} | reward_row(run, scores)
         row |= {"loss": (reduce(losses) / updates).item(), "grad_norm": sum(grad_norms) / len(grad_norms), "weight_max": weights.max().item(),
-                "weight_share": (weights.sum()**2 / (len(weights) * weights.square().sum())).item(),  # of pictures that count
-                "seconds": seconds, "seconds_sample": seconds_sample, "seconds_reward": seconds_reward,
-                "seconds_update": seconds - seconds_sample - seconds_reward, "images_per_second": config.images / seconds}
-        if device.type == "cuda":
-            row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+                "weight_share": (weights.sum()**2 / (len(weights) * weights.square().sum())).item()}  # effective sample size / n: (Σw)² / (n Σw²)
+        row |= time_row(run, clock, seconds_sample, seconds_reward)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             row |= look(run, epoch)
-            row["seconds_eval"] = time.perf_counter() - clock - seconds
+            row["seconds_eval"] = time.perf_counter() - clock - row["seconds"]
         log(run, row)
         best, stop = guard(run.rows, config)
         if epoch % config.checkpoint_every == 0 or epoch in (best, config.epochs) or stop:

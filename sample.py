@@ -160,7 +160,8 @@ def ddim_table(scheduler, num_steps, eta=1.0):
 
     eta: one for all steps, or one for each, (T,). Where σ = 0 (all steps at eta 0; the last one of a scheduler with set_alpha_to_one)
     log σ is -inf: a deterministic step.
-    Raises ValueError for steps the schedule does not have, an eta with 1−ᾱ'−σ² < 0, or a step that is not affine.
+    Raises ValueError for steps the schedule does not have, an eta outside [0, 1], a step that is not affine, or a schedule under which
+    x_0 cannot be told.
     """
     scheduler = ddim_scheduler(scheduler)  # a copy: set_timesteps leaves marks
     total, kind = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
@@ -208,8 +209,8 @@ def ddim_step(output, latents, coefficients, next_latents=None, generator=None, 
 
     output: what the network predicted, (B, C, H, W); with a guidance_scale (2B, C, H, W), unconditional half first.
     coefficients: a row of `ddim_table`, (4,), or one for each sample, (B, 4), on the latents' device.
-    noise: what to draw with; or a generator to draw it: one, or a list of one for each sample. log_prob is a mean over C, H, W, and 0
-    where σ is 0.
+    noise: normals like the latents; without it they are drawn from generator: one, or a list of one for each sample.
+    log_prob is a mean over C, H, W, and 0 where σ is 0.
     """
     if next_latents is None and noise is None:
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)

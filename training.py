@@ -144,7 +144,7 @@ def start(config, resume=False):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for the VAE; the UNet has autocast
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for the VAE, and for the UNet with --dtype fp32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -286,6 +286,14 @@ def reward_row(run, scores):
     row = {"reward_mean": float(trained.mean()), "reward_std": float(trained.std())}
     row |= {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if [*run.parts] != [name]}
     return row | {f"{name}_{what}": sum(gather([count])) for name, reward in run.rewards.items() for what, count in reward.counts.items()}
+
+
+def time_row(run, clock, seconds_sample, seconds_reward):
+    """The columns of an epoch's time, which began at `clock`, and of a GPU's memory."""
+    seconds = time.perf_counter() - clock
+    row = {"seconds": seconds, "seconds_sample": seconds_sample, "seconds_reward": seconds_reward,
+           "seconds_update": seconds - seconds_sample - seconds_reward, "images_per_second": run.config.images / seconds}
+    return row | ({"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if run.device.type == "cuda" else {})
 
 
 def apply_gradients(run):

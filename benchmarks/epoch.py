@@ -34,7 +34,7 @@ CPU_VARIANTS = {  # name: settings of ddpo.Config, and "attention"; each row is 
     "bf16, plain matrix products": dict(dtype="bf16", attention="plain"),  # what sample.load_pipeline chooses on a CPU
 }
 GPU_VARIANTS = {
-    "fp32": dict(dtype="fp32"),  # its matrix products in TF32, see ddpo.py
+    "fp32": dict(dtype="fp32"),  # its matrix products in TF32, see training.py
     "fp16": dict(dtype="fp16"),
     "bf16": dict(dtype="bf16"),
     "bf16, plain matrix products": dict(dtype="bf16", attention="plain"),

@@ -1,5 +1,6 @@
 """DDPO's maths at a denoising step as fused Triton kernels: ddim_step.py when sampling, ppo_loss.py when training. Each
-file holds the same function twice, in plain torch and in Triton; `use_triton` is the one place that chooses."""
+file holds the same function twice, in plain torch and in Triton; `use_triton` is the one place that chooses (but where
+autograd wants a graph, which the kernels do not record, ddim_step.py takes torch's)."""
 
 import os
 

@@ -204,7 +204,7 @@ def fused_ddim_step(noise_pred, latents, coefficients, guidance_scale=None, nois
     """Draws x', or scores the next_latents given. Returns (next_latents, of the latents' shape and dtype; log_prob (B,) float32).
 
     noise_pred: (2B, ...), (uncond, cond), with a guidance_scale; (B, ...) without. May be half precision beside float32 latents.
-    coefficients: (4,) for all samples, or (B, 4): rows of c_x, c_o, σ, log σ, float32. (Where they are float64, so is what plain torch returns as float32.)
+    coefficients: (4,) for all samples, or (B, 4): rows of c_x, c_o, σ, log σ, float32. With float64 ones plain torch returns log_prob in float64.
     Exactly one of:
       noise: like latents, so that torch's generator decides;
       seed: an int, or an int64 device tensor (seed, offset) that the kernel reads. The kernel does not write it: whoever

@@ -17,7 +17,7 @@ The gradient is short enough to write down. The unclipped branch wins ties; the 
     o = (1−w) o_u + w o_c, so ∂L/∂o_u = (1−w) ∂L/∂o and ∂L/∂o_c = w ∂L/∂o
 
 so the pass that computes the loss knows the gradient as well, and writes it in the network's own (2B, …) layout. The
-training loop says `noise_pred.backward(grad)`: no loss graph, no saved intermediates. `scale` carries what would
+training loop calls `torch.autograd.backward([noise_pred], [grad])`: no loss graph, no saved intermediates. `scale` carries what would
 otherwise multiply the loss afterwards, 1/accumulation and the float16 loss scale: in float16 the unscaled gradient of one
 element, about 1/(D B), would already have lost most of its bits.
 
@@ -31,7 +31,7 @@ Where the time goes, counted by `python benchmarks/kernels.py` as in ddim_step.p
 What is not gained: see ddim_step.py. Beside a large network's forward and backward pass all of this is small change. And a
 penalty on the distance to a reference network is left to torch: it needs that network's forward pass, beside which it is free.
 
-How the work is divided. The gradient of the first element needs the sum over the last. So one program takes a
+How the work is divided. Every element's gradient needs the sum over all of its sample's elements. So one program takes a
 sample of up to 16,384 elements and keeps its residuals in registers: each input is read once. For larger samples
 that is impossible: one launch sums the blocks' squares, a second reads the inputs again (40 bytes an element, not 24) and
 writes the gradient. The sums are those of ddim_step.py, function by function and in the same order, so on policy ρ = 1

@@ -7,8 +7,17 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # as many workers as cores: more threads would only wait for each other
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def auto_backend(monkeypatch):
+    """ddpo.check() sets it for the whole process."""
+    import kernels
+
+    monkeypatch.setattr(kernels, "BACKEND", "auto")

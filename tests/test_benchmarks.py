@@ -43,7 +43,7 @@ def test_variants_of_an_epoch_do_the_same_work_and_are_compared_with_the_first(t
     assert printed.strip() in run("epoch.py", "--table", "--out", str(out))
 
 
-def test_rows_of_a_replayed_graph_are_counted(tmp_path):
+def test_rows_of_a_replayed_graph_are_counted():
     class Replayed:  # as sample.GraphedStep on a GPU: the hooks see the trials before a capture, and nothing of a replay
         captured = False
 

@@ -106,11 +106,6 @@ def test_the_public_signatures_are_these():
     assert list(inspect.signature(PromptStats.advantages).parameters) == ["self", "prompts", "rewards"]
 
 
-@pytest.fixture(autouse=True)
-def torch_path(monkeypatch):
-    monkeypatch.setattr(ddpo.kernels, "BACKEND", "auto")  # check() sets it for the whole process
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """One small run that nothing disturbed."""
@@ -210,7 +205,8 @@ def test_what_a_reward_counts_is_of_each_epochs_pictures_also_after_a_resume(tmp
 
 def test_two_processes_train_like_one(tmp_path):
     (tmp_path / "seen.py").write_text(COUNTING)
-    settings = SMALL | dict(dtype="fp32", sample_batch=2, train_batch=2, lr=1e-4, advantages="prompt", min_count=2, watch=f"{tmp_path}/seen.py:seen")
+    settings = SMALL | dict(dtype="fp32", sample_batch=2, train_batch=2, lr=1e-4, warmup=0, advantages="prompt", min_count=2,
+                            watch=f"{tmp_path}/seen.py:seen")
     for processes, name in ((1, "whole"), (2, "split")):
         code, _, err = finish(start("--reward", "compress", processes=processes, **settings | dict(out=tmp_path, name=name)))
         assert code == 0, err

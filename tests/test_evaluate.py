@@ -1,7 +1,6 @@
 """Claims about looking at a model in training: what is measured, which epoch is kept, and when a run is stopped."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,17 +9,12 @@ from safetensors.torch import load_file
 import ddpo
 import evaluate
 from ddpo import Config
-from evaluate import diversity, eval_prompts, guard
+from evaluate import diversity, fixed_prompts, guard
 from run_folder import read_metrics
 from training import start
 
 SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=4, eval_images=4, eval_every=1, group_size=2, updates=2,
              lora_rank=8, device="cpu")
-
-
-@pytest.fixture(autouse=True)
-def torch_path(monkeypatch):
-    monkeypatch.setattr(ddpo.kernels, "BACKEND", "auto")
 
 
 def rows(rewards, watch, std=0.1):
@@ -67,9 +61,9 @@ def test_rows_between_looks_do_not_count():
 
 
 def test_prompts_come_in_pairs_spread_over_a_long_list_and_again_over_a_short_one():
-    assert eval_prompts(list("abcdefgh"), 8) == list("aacceegg")
-    assert eval_prompts(list("ab"), 6) == list("aabbaa")
-    assert len(eval_prompts(list("abc"), 5)) == 5
+    assert fixed_prompts(list("abcdefgh"), 8) == list("aacceegg")
+    assert fixed_prompts(list("ab"), 6) == list("aabbaa")
+    assert len(fixed_prompts(list("abc"), 5)) == 5
 
 
 def test_diversity_is_one_minus_the_mean_cosine_within_a_prompt():

@@ -9,6 +9,7 @@ import pytest
 
 import ddpo
 import reproduce
+import rwr
 from reproduce import EXPERIMENTS, between, finished, interval, kept, plan, run_all
 
 
@@ -21,7 +22,6 @@ def test_every_command_of_a_plan_is_one_that_its_script_accepts(experiment):
         if script == "ddpo.py":
             ddpo.check(ddpo.parse_config([*flags, "--device", "cpu"])[0])
         else:
-            rwr = pytest.importorskip("rwr")
             rwr.check(ddpo.parse_config([*flags, "--device", "cpu"], rwr)[0])
 
 

@@ -1,5 +1,6 @@
 """Rewards without a model: JPEG sizes, mixtures, functions from a file, and every way to get one wrong."""
 
+import inspect
 import runpy
 import sys
 
@@ -157,6 +158,7 @@ def test_pictures_that_are_not_uint8_are_refused(images):
 
 def test_every_name_is_a_factory_that_takes_the_device():
     assert set(rewards.REWARDS) == {"compress", "incompress", "clip", "aesthetic", "pickscore", "align", "vqa", "count"}
+    assert all(next(iter(inspect.signature(factory).parameters)) == "device" for factory in rewards.REWARDS.values())
     assert rewards.REWARDS["compress"]("cpu")(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["", ""]).shape == (2,)
 
 

@@ -19,11 +19,6 @@ SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=1, eval_im
              device="cpu", dtype="fp32", lr=1e-3)
 
 
-@pytest.fixture(autouse=True)
-def torch_path(monkeypatch):
-    monkeypatch.setattr(ddpo.kernels, "BACKEND", "auto")
-
-
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
 def model(request, tmp_path_factory):
     return save_pipeline(tmp_path_factory.mktemp(request.param) / "model", request.param)
@@ -50,7 +45,7 @@ def test_both_predictions_train_and_begin_with_a_ratio_of_one(model, tmp_path, l
 @pytest.mark.parametrize("settings", [dict(gradient_checkpointing=True), dict(train_batch=1), dict(train_batch=3), dict(offload=True),
                                       dict(gradient_checkpointing=True, lora_rank=0), dict(offload=True, lora_rank=0)])
 def test_what_saves_memory_leaves_the_update_as_it_is(epsilon_model, tmp_path, settings):
-    plain = SMALL | dict(lora_rank=settings.get("lora_rank", 4), lr=1e-4)
+    plain = SMALL | dict(lora_rank=settings.get("lora_rank", 4), lr=1e-4, warmup=0, ema=0.0)
     folders = [ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=name, **plain | changes))
                for name, changes in (("plain", {}), ("saving", settings))]
     whole, saving = map(weights, folders)
@@ -76,31 +71,20 @@ def test_compiling_changes_no_gradient_and_sampling_still_rounds_as_training_doe
     assert (compiled - eager).norm() < 0.02 * eager.norm()  # bf16
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(epsilon_model):
-    gradients = []
-    for checkpointing in (False, True):
-        pipeline = load_pipeline(epsilon_model, "cpu")
-        if checkpointing:
-            pipeline.unet.enable_gradient_checkpointing()
-        pipeline.unet.requires_grad_(True)
-        torch.manual_seed(0)
-        embeds = encode_prompts(pipeline, ["a cat", "a fox"])
-        predict(pipeline.unet, torch.randn(2, 4, 8, 8), torch.tensor([1, 900]), embeds, encode_prompts(pipeline, [""])).square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in pipeline.unet.parameters()]))
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
-
-
 def test_plain_diffusers_draws_the_same_picture_from_the_adapter(model, tmp_path):
-    folder = ddpo.train(Config(model=model, out=str(tmp_path), **SMALL))
-    pictures = []
-    for own in (False, True):
-        pipeline = load_pipeline(model, "cpu", lora=folder) if own else StableDiffusionPipeline.from_pretrained(model)
+    folder = ddpo.train(Config(model=model, out=str(tmp_path), **SMALL | dict(warmup=0, ema=0.0, lr=1e-2)))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def draw(pipeline):
         pipeline.set_progress_bar_config(disable=True)
-        if not own:
-            pipeline.load_lora_weights(str(folder))
-        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        pictures.append(pipeline(["a cat"], num_inference_steps=4, latents=noise, output_type="pt").images)
-    torch.testing.assert_close(*pictures, rtol=0, atol=1e-3)
+        return pipeline(["a cat"], num_inference_steps=4, latents=noise, output_type="pt").images
+
+    plain = StableDiffusionPipeline.from_pretrained(model)
+    base = draw(plain)
+    plain.load_lora_weights(str(folder))
+    tuned = draw(plain)
+    assert (tuned - base).abs().max() > 0.01
+    torch.testing.assert_close(tuned, draw(load_pipeline(model, "cpu", lora=folder)), rtol=0, atol=1e-3)
 
 
 def inputs(run, batch=3):
@@ -140,9 +124,10 @@ def test_the_divergence_joins_the_fused_kernels_gradient(epsilon_model, tmp_path
     trained = {}
     for backend in ("torch", "triton"):
         monkeypatch.setattr(ddpo.kernels, "BACKEND", "auto")
-        settings = SMALL | dict(images=4, steps=2, kl=10.0, lr=1e-4, kernels=backend, device="")
+        settings = SMALL | dict(images=4, steps=2, kl=1e3, warmup=0, ema=0.0, kernels=backend, device="")
         trained[backend] = weights(ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=backend, **settings)))
-    assert max((trained["torch"][key] - trained["triton"][key]).abs().max() for key in trained["torch"]) <= 2e-5
+    difference = max((trained["torch"][key] - trained["triton"][key]).abs().max() for key in trained["torch"])
+    assert difference <= 1e-4  # without the divergence: 1.7e-3
 
 
 def test_outside_the_window_steps_are_deterministic_and_are_no_actions(epsilon_model, tmp_path):
