@@ -35,12 +35,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import kernels
-from evaluate import guard, look, summary
+from evaluate import evaluate, guard, summary
 from kernels.ddim_step import guided
 from kernels.ppo_loss import fused_ppo_loss
 from rewards import parse_reward
 from sample import DTYPES, ddim_step, default_device, encode_prompts, is_emoji, latents_shape, predict
-from training import (RunStopped, apply_gradients, collect, keep, log, own, reduce, reward_row, seeded, stage, start, time_row, watched)
+from training import (RunStopped, apply_gradients, collect, log, progress_bar, reduce, reward_row, save, seeded, shard, start, time_row,
+                      watched)
 
 
 @dataclass
@@ -144,8 +145,8 @@ class PromptStats:
             self.buffers[prompt].append(reward)
         advantages = torch.empty_like(rewards)
         for i, prompt in enumerate(prompts):
-            known = torch.tensor(self.buffers[prompt]) if len(self.buffers[prompt]) >= self.min_count else rewards
-            advantages[i] = (rewards[i] - known.mean()) / (known.std(correction=0) + 1e-6)
+            own_rewards = torch.tensor(self.buffers[prompt]) if len(self.buffers[prompt]) >= self.min_count else rewards
+            advantages[i] = (rewards[i] - own_rewards.mean()) / (own_rewards.std(correction=0) + 1e-6)
         return advantages
 
 
@@ -327,7 +328,7 @@ def fit(run):
     clip_range = clip_range_for(config.clip_range, latents_shape(run.pipeline)) if config.algorithm == "is" else None
     guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
     weights = step_weights(run.table, run.policy_steps, config.step_weights)
-    statistics = {name: PromptStats(config.buffer_size, config.min_count) for name in run.parts}
+    statistics = {name: PromptStats(config.buffer_size, config.min_count) for name in run.components}
     for name, buffers in (run.saved or {"statistics": {}})["statistics"].items():
         for prompt, values in buffers.items():
             statistics[name].buffers[prompt].extend(values)
@@ -335,20 +336,20 @@ def fit(run):
     if run.rank == 0:
         print(describe(run, trained_steps), flush=True)
     if run.epoch == 0:
-        log(run, {"epoch": 0, "images": 0} | look(run, 0))
+        log(run, {"epoch": 0, "images": 0} | evaluate(run, 0))
     best, stop = guard(run.rows, config)
-    mine = own(run, config.images)  # the indices of this process's pictures
+    mine = shard(run, config.images)  # the indices of this process's pictures
     bar = tqdm(total=config.epochs, initial=run.epoch, desc=config.name, unit="epoch", disable=run.rank > 0)
     while run.epoch < config.epochs and not stop:
         epoch, clock = run.epoch + 1, time.perf_counter()
 
         # 1. sample, 2. reward
-        all_prompts, walks, scores, (seconds_sample, seconds_reward) = collect(run, epoch)
-        latents, old_log_probs, home = walks.latents, walks.log_probs, walks.latents.device  # (B, T+1, C, H, W), (B, T)
+        all_prompts, trajectories, scores, (seconds_sample, seconds_reward) = collect(run, epoch)
+        latents, old_log_probs, home = trajectories.latents, trajectories.log_probs, trajectories.latents.device  # (B, T+1, C, H, W), (B, T)
 
         # 3. advantages: each part of a mixture in its own units, then weighted
         advantages = torch.zeros(config.images)
-        for name, weight in run.parts.items():
+        for name, weight in run.components.items():
             if config.advantages == "prompt":
                 advantages += weight * statistics[name].advantages(all_prompts, scores[name])
             elif config.advantages == "group":
@@ -358,11 +359,11 @@ def fit(run):
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)[mine].to(device)
 
         # 4. update
-        prompt_embeds = encode_prompts(run.pipeline, walks.prompts, run.known)
-        negative_embeds = encode_prompts(run.pipeline, [""], run.known) if guidance_scale else None
+        prompt_embeds = encode_prompts(run.pipeline, trajectories.prompts, run.cache)
+        negative_embeds = encode_prompts(run.pipeline, [""], run.cache) if guidance_scale else None
         totals, ratio_error, grad_norms = torch.zeros(4, device=device), torch.zeros((), device=device), []
         # totals: of the loss, (log ρ)², clipped pairs, divergence
-        updating = stage(run, "updating", config.inner_epochs * len(mine) * trained_steps)
+        updating = progress_bar(run, "updating", config.inner_epochs * len(mine) * trained_steps)
         for inner in range(config.inner_epochs):
             order = torch.rand(config.images, len(run.policy_steps), generator=seeded(config.seed, epoch, 2, inner)).argsort(1)[mine]
             steps = run.policy_steps[order[:, :trained_steps]]  # (B, K): which steps of each picture
@@ -410,12 +411,12 @@ def fit(run):
         row |= {"ratio_error": reduce(ratio_error, dist.ReduceOp.MAX).item(), "grad_norm": sum(grad_norms) / len(grad_norms)}
         row |= time_row(run, clock, seconds_sample, seconds_reward)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
-            row |= look(run, epoch)
+            row |= evaluate(run, epoch)
             row["seconds_eval"] = time.perf_counter() - clock - row["seconds"]
         log(run, row)
         best, stop = guard(run.rows, config)
         if epoch % config.checkpoint_every == 0 or epoch in (best, config.epochs) or stop:
-            keep(run, epoch, best, statistics={name: {prompt: list(values) for prompt, values in stats.buffers.items()}
+            save(run, epoch, best, statistics={name: {prompt: list(values) for prompt, values in stats.buffers.items()}
                                                for name, stats in statistics.items()})
         run.epoch = epoch
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", **{name: f"{row[f'reward_{name}']:.3f}" for name in watched(config)})

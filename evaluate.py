@@ -1,17 +1,17 @@
-"""Looking at a model while it trains: the same prompts and seeds each time, so that what changes is the model.
+"""Evaluation while a model trains: the same prompts and seeds each time, so that only the model changes.
 
-A reward that is trained on goes up; the question is what for. So a look also measures what is *not* trained on: watched rewards,
-whether CLIP still finds the prompt in the picture among all others, and how different the pictures of one prompt are. `guard`
-turns that into a decision: which epoch to keep, and when to stop.
+The trained reward goes up. At what cost? An evaluation also measures what is *not* trained on: the
+watched metrics, whether CLIP still finds the prompt in the picture among all others, and how different
+the pictures of one prompt are. `guard` turns that into two decisions: which epoch's weights to save as
+the result, and when to stop.
 """
 
 import torch
 
 from prompts import load_prompts, set_names
 from rewards import clip_image_embeddings, clip_top1
-from run_folder import stack_pictures
-from sample import picture_grid
-from training import averaged, gather, own, rollout, score, stage, watched
+from run_folder import picture_grid, stack_pictures
+from training import averaged, gather, progress_bar, rollout, score, shard, watched
 
 
 def fixed_prompts(prompts, count):
@@ -28,28 +28,29 @@ def diversity(embeddings, prompts):
     return 1 - (embeddings @ embeddings.T)[same].mean().item()
 
 
-def look(run, epoch):
-    """Metrics of the fixed pictures: eval_* for the training prompts, eval_<set>_* for the sets of --eval-prompts, and eval_eta0_*
-    for the same prompts sampled deterministically. Adds a row to progress.png."""
+def evaluate(run, epoch):
+    """Metrics of pictures with fixed prompts and seeds, a dict: eval_* for the training prompts,
+    eval_<set>_* for the sets of --eval-prompts, and eval_eta0_* for the training prompts sampled
+    deterministically. Adds a row to progress.png."""
     config = run.config
     views = {"eval": (run.prompts, None)}
     views |= {f"eval_{name}": (load_prompts(name), None) for name in set_names(config.eval_prompts)}
     if config.eval_deterministic:
         views["eval_eta0"] = run.prompts, 0.0
     row = {}
-    batches = len(own(run, config.eval_images).split(config.sample_batch))
-    with averaged(run), stage(run, "looking", len(views) * batches * config.steps) as bar:
+    batches = len(shard(run, config.eval_images).split(config.sample_batch))
+    with averaged(run), progress_bar(run, "evaluating", len(views) * batches * config.steps) as bar:
         for view, (prompt_set, eta) in views.items():
-            row |= look_at(run, epoch, view, prompt_set, eta, bar)
+            row |= evaluate_prompts(run, epoch, view, prompt_set, eta, bar)
     return row
 
 
-def look_at(run, epoch, view, prompt_set, eta, bar):
+def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
     config = run.config
     prompts = fixed_prompts(prompt_set, config.eval_images)
     candidates = list(dict.fromkeys(prompts + load_prompts("animals") + load_prompts("animals_held_out")))
     batches, pictures, embeddings = [], [], []
-    for index in own(run, len(prompts)).split(config.sample_batch):
+    for index in shard(run, len(prompts)).split(config.sample_batch):
         batch = [prompts[i] for i in index]
         images = rollout(run, batch, [(0, 0, i) for i in index.tolist()], bar, eta).images
         batches.append(score(run, images, batch))
@@ -59,51 +60,54 @@ def look_at(run, epoch, view, prompt_set, eta, bar):
         pictures += [image.cpu() for i, image in zip(index.tolist(), images) if i % 2 == 0 and i < 16]
     pictures, embeddings = gather(pictures), gather(embeddings)
     values = {name: torch.tensor(gather(torch.cat([scores[name] for scores in batches]).tolist())) for name in batches[0]}
-    trained = sum(weight * values[name] for name, weight in run.parts.items())
+    trained = sum(weight * values[name] for name, weight in run.components.items())
     row = {f"{view}_reward": trained.mean().item()}
-    row |= {f"{view}_{name}": value.mean().item() for name, value in values.items() if [*run.parts] != [name]}
+    row |= {f"{view}_{name}": value.mean().item() for name, value in values.items() if [*run.components] != [name]}
     row |= {f"{view}_{name}_std": values[name].std(correction=0).item() for name in watched(config) if epoch == 0}
     if embeddings and len(prompts) > 1:
         row[f"{view}_diversity"] = diversity(torch.stack(embeddings), prompts)
     if view == "eval" and run.rank == 0:
         strip = picture_grid([torch.stack(pictures)], [f"epoch {epoch}"], prompts[:16:2] if epoch == 0 else None)
         strip.save(run.folder / "progress" / f"{epoch:06d}.png")
-        looks = sorted(path for path in (run.folder / "progress").glob("*.png") if int(path.stem) <= epoch)
-        stack_pictures(looks, run.folder / "progress.png")
+        evaluated = sorted(path for path in (run.folder / "progress").glob("*.png") if int(path.stem) <= epoch)
+        stack_pictures(evaluated, run.folder / "progress.png")
     return row
 
 
-def with_looks(rows):
-    """Those rows of metrics.jsonl that have a look's columns."""
+def evaluations(rows):
+    """The rows of metrics.jsonl that have the columns of an evaluation."""
     return [row for row in rows if "eval_reward" in row]
 
 
 def guard(rows, config):
-    """(epoch to keep or None, stop?) from the rows of metrics.jsonl so far.
+    """(epoch whose weights to save or None, stop?) from the rows of metrics.jsonl so far.
 
-    A look is *safe* while no watched reward has fallen by more than config.guard standard deviations of the base model's own
-    pictures: a unit that means the same for a cosine and for kilobytes. The epoch to keep is the safe one with the highest trained
-    reward: on the prompts of --eval-prompts where some are given, since what was not trained on cannot be learnt by heart. A run
-    ends after config.patience looks in a row that are not safe or, on such prompts, no better than one before. With guard 0, or
-    nothing to watch and no such prompts: (None, False).
+    An evaluation is *safe* while no watched metric has fallen by more than config.guard standard
+    deviations of the base model's own pictures: a unit that means the same for a cosine and for
+    kilobytes. The weights to save are those of the safe evaluation with the highest trained reward. It
+    is measured on the prompts of --eval-prompts where some are given, because the model cannot learn
+    those by heart. A run ends after config.patience evaluations in a row that are not safe or, with
+    --eval-prompts, not better than an earlier one. With guard 0, or with nothing to watch and no
+    --eval-prompts: (None, False).
     """
     names, unseen = watched(config), set_names(config.eval_prompts)
     if not config.guard or not (names or unseen):
         return None, False
-    looks = with_looks(rows)
-    base, later = looks[0], looks[1:]
+    evaluated = evaluations(rows)
+    base, later = evaluated[0], evaluated[1:]
     safe = [all(row[f"eval_{name}"] >= base[f"eval_{name}"] - config.guard * base[f"eval_{name}_std"] for name in names) for row in later]
     reward = [sum(row[f"eval_{name}_reward"] for name in unseen) if unseen else row["eval_reward"] for row in later]
     best = max((i for i in range(len(later)) if safe[i]), key=reward.__getitem__, default=None)
-    late = len(later) - config.patience  # the looks from here on are the ones to be patient with
+    late = len(later) - config.patience  # the first of the last --patience evaluations
     stop = late >= 0 and (not any(safe[late:]) or bool(unseen) and best < late)
     return None if best is None else later[best]["epoch"], stop
 
 
 def first_and_kept(rows, config):
-    """The rows of the first look and of the one whose weights were kept: the guard's choice, or else the newest."""
-    looks, best = with_looks(rows), guard(rows, config)[0]
-    return looks[0], next((row for row in looks if row["epoch"] == best), looks[-1])
+    """The rows of the first evaluation and of the one whose weights were saved: the guard's choice, or
+    else the newest."""
+    evaluated, best = evaluations(rows), guard(rows, config)[0]
+    return evaluated[0], next((row for row in evaluated if row["epoch"] == best), evaluated[-1])
 
 
 def summary(run):
@@ -112,12 +116,12 @@ def summary(run):
     best, stopped = guard(run.rows, run.config)
     lines = [f"{run.folder}: {run.epoch} epochs; see progress.png and rewards.png there"]
     if stopped:
-        lines.append(f"  stopped after --patience {run.config.patience} looks beyond --guard {run.config.guard:g}"
+        lines.append(f"  stopped after --patience {run.config.patience} evaluations beyond --guard {run.config.guard:g}"
                      + (", or no better on --eval-prompts" if run.config.eval_prompts else ""))
     if best not in (None, run.epoch):
         lines.append(f"  kept: the weights of epoch {best}; the newest are in {run.folder / 'last'}")
     elif stopped:
-        lines.append("  kept: the newest weights, since no look was within the guard; a lower --lr or --eval-every 1 would find some")
+        lines.append("  kept: the newest weights, since no evaluation was within the guard; a lower --lr or --eval-every 1 would find some")
     lines.append("  on fixed prompts and seeds:")
     for key in (key for key in first if key.startswith("eval_") and not key.endswith("_std")):
         change = (kept[key] - first[key]) / max(abs(first[key]), 1e-9)

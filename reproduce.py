@@ -35,11 +35,11 @@ import torch
 from tqdm import tqdm
 
 from ddpo import Config
-from evaluate import first_and_kept, fixed_prompts, guard, with_looks
+from evaluate import first_and_kept, fixed_prompts, guard, evaluations
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
-from run_folder import read_metrics
-from sample import is_emoji, load_pipeline, picture_grid, sample_trajectories
+from run_folder import picture_grid, read_metrics
+from sample import is_emoji, load_pipeline, sample_trajectories
 from training import seeded
 
 HERE = Path(__file__).parent
@@ -240,7 +240,7 @@ def draw_rewards(runs, results, out):
         numbers[name] = {"first": first, "kept": last, "seconds": sum(row.get("seconds", 0) + row.get("seconds_eval", 0) for row in rows)}
     figure, (size, recognised, cosine) = plots(3)
     for name, rows in runs.items():
-        looks = with_looks(rows)
+        looks = evaluations(rows)
         images, reward = [row["images"] for row in looks], name.split("-")[0]
         colour = {"compress": "C0", "incompress": "C1", "clip": "C2"}[reward]
         style = dict(color=colour, label=reward if name.endswith("-0") else None, ls="-", marker="o", ms=3)
@@ -284,7 +284,7 @@ def draw_algorithms(runs, results, out):
                 continue
             curves = [[(row["images"], row["reward_mean"]) for row in rows if "reward_mean" in row] for rows in logs]
             band(axis, curves, algorithm)
-            looks = [with_looks(rows) for rows in logs]
+            looks = [evaluations(rows) for rows in logs]
             first, (last, half) = looks[0][0]["eval_reward"], interval(look[-1]["eval_reward"] for look in looks)
             numbers[f"{reward} {algorithm}"] = {"before": first, "after": last, "half_width_95": half, "seeds": len(curves)}
             recognised = ""
@@ -341,7 +341,7 @@ def draw_overoptimisation(runs, results, out):
     figure, axes = plots(len(names) + 1, width=3.6)
     lines, numbers = ["| prevention | kB | change | CLIP cosine | top-1 | diversity |", "| --- | --- | --- | --- | --- | --- |"], {}
     for prevention in PREVENTIONS:
-        logs = [[row | {"eval_size": abs(row.get("eval_compress", row["eval_reward"]))} for row in with_looks(rows)]
+        logs = [[row | {"eval_size": abs(row.get("eval_compress", row["eval_reward"]))} for row in evaluations(rows)]
                 for rows in seeds_of(runs, f"over-{prevention}")]
         if not logs:
             continue
@@ -399,7 +399,7 @@ def draw_fewer_steps(runs, results, out):
         if "10 steps" not in clock:
             break  # nothing to compare with yet
         share = clock[variant] / clock["10 steps"]
-        looks = [with_looks(rows) for rows in logs]
+        looks = [evaluations(rows) for rows in logs]
         curves = [[(row["epoch"], 100 * row["eval_reward"] / rows[0]["eval_reward"] - 100) for row in rows] for rows in looks]
         band(curve_axis, [[(epoch * share, change) for epoch, change in curve] for curve in curves], variant, shaded=False)
         change, half = interval(curve[-1][1] for curve in curves)

@@ -193,7 +193,7 @@ def load(option, loader, model, *arguments):
         if isinstance(error, ImportError):
             cure = "install what it asks for"
         elif model == EMOJI_CLIP:
-            cure = "it comes with the repository, and `python pretrain.py` makes it anew"
+            cure = "it comes with the repository, and `python emoji/pretrain.py` makes it anew"
         elif not Path(model).exists() and not Path(model).is_absolute():
             place = HERE / "models" / Path(model).name
             cure = f"where there is a network, `hf download {model} --local-dir {place}`, and bring that folder here; or {cure}"

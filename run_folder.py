@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from dataclasses import asdict
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 
 from prompts import set_names
@@ -132,6 +133,34 @@ def open_tracker(config, folder):
         run = wandb.init(project="ddpo", name=config.name, config=asdict(config), dir=str(folder))
         return lambda row, epoch: run.log(row, step=epoch)
     return None
+
+
+def wrapped(label, font, width, lines):
+    """The label in at most so many lines of as many letters as have room, at its average letter's width."""
+    letters = int(0.95 * width * len(label) / (font.getlength(label) or 1))
+    return "\n".join(textwrap.wrap(label, max(1, letters), max_lines=lines, placeholder="…"))
+
+
+def picture_grid(rows, row_labels=None, column_labels=None, cell=None):
+    """A PIL picture: rows is a list of (columns, 3, H, W) uint8 tensors; labels stand on the left and on top."""
+    cell = cell or max(96, rows[0].shape[-1] // 2)
+    font = ImageFont.load_default(size=max(12, cell // 8))
+    names = [wrapped(label, font, 2 * cell, 4) for label in row_labels or []]
+    titles = [wrapped(label, font, cell, 2) for label in column_labels or []]
+    left = 12 + max(int(font.getlength(line)) for name in names for line in name.split("\n")) if names else 0
+    top = cell // 6 * max(title.count("\n") + 1 for title in titles) if titles else 0
+    columns = max(len(row) for row in rows)
+    grid = Image.new("RGB", (left + columns * (cell + 2), top + len(rows) * (cell + 2)), "white")
+    draw = ImageDraw.Draw(grid)
+    for j, title in enumerate(titles):
+        draw.text((left + j * (cell + 2) + cell // 2, top // 2), title, "black", font, anchor="mm", align="center")
+    for i, row in enumerate(rows):
+        if names:
+            draw.text((left - 6, top + i * (cell + 2) + cell // 2), names[i], "black", font, anchor="rm", align="right")
+        for j, image in enumerate(row):
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((cell, cell), Image.Resampling.LANCZOS)
+            grid.paste(picture, (left + j * (cell + 2), top + i * (cell + 2)))
+    return grid
 
 
 def stack_pictures(paths, out):

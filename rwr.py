@@ -29,10 +29,10 @@ import torch
 from tqdm import tqdm
 
 import ddpo
-from evaluate import guard, look
+from evaluate import evaluate, guard
 from kernels.ddim_step import guided
 from sample import encode_prompts, is_emoji, predict
-from training import apply_gradients, collect, gather, keep, log, own, reduce, reward_row, seeded, stage, start, time_row, watched
+from training import apply_gradients, collect, gather, log, progress_bar, reduce, reward_row, save, seeded, shard, start, time_row, watched
 
 
 @dataclass
@@ -148,27 +148,27 @@ def fit(run):
               f"(picture, t, ε) each; {sum(p.numel() for p in run.parameters) / 1e6:.2f} M parameters at lr {config.lr:g}, {config.dtype}",
               flush=True)
     if run.epoch == 0:
-        log(run, {"epoch": 0, "images": 0} | look(run, 0))
+        log(run, {"epoch": 0, "images": 0} | evaluate(run, 0))
     best, stop = guard(run.rows, config)
     bar = tqdm(total=config.epochs, initial=run.epoch, desc=config.name, unit="epoch", disable=run.rank > 0)
     while run.epoch < config.epochs and not stop:
         epoch, clock = run.epoch + 1, time.perf_counter()
 
         # 1. sample, 2. reward
-        prompts, walks, scores, (seconds_sample, seconds_reward) = collect(run, epoch)
-        clean = torch.cat(gather([walks.latents[:, -1].cpu().clone()]))  # (images, C, H, W): x_0 of all processes
-        del walks  # how the pictures came about is of no use here
+        prompts, trajectories, scores, (seconds_sample, seconds_reward) = collect(run, epoch)
+        clean = torch.cat(gather([trajectories.latents[:, -1].cpu().clone()]))  # (images, C, H, W): x_0 of all processes
+        del trajectories  # how the pictures came about is of no use here
 
         # 3. weights: each part of a mixture in its own units
-        rewards = sum(weight * ddpo.batch_advantages(scores[name]) for name, weight in run.parts.items())
+        rewards = sum(weight * ddpo.batch_advantages(scores[name]) for name, weight in run.components.items())
         weights = weigh(rewards, prompts, config)
         chosen = weights.nonzero().flatten()  # no pass through the network for what counts nothing
         share = len(chosen) / len(weights)  # the mean over the chosen, times this, is the mean over all
 
         # 4. update
-        negative_embeds = encode_prompts(pipeline, [""], run.known) if guidance_scale else None
+        negative_embeds = encode_prompts(pipeline, [""], run.cache) if guidance_scale else None
         losses, grad_norms = torch.zeros((), device=device), []
-        updating = stage(run, "updating", updates * len(own(run, pairs)))
+        updating = progress_bar(run, "updating", updates * len(shard(run, pairs)))
         for inner in range(config.inner_epochs):
             order = chosen[torch.randperm(len(chosen), generator=seeded(config.seed, epoch, 2, inner))]
             order = order.repeat(-(-config.images // len(chosen)))[:config.images]  # as many pairs, whatever the weights
@@ -176,9 +176,9 @@ def fit(run):
                 generator = seeded(config.seed, epoch, 3, inner, update)
                 timesteps = torch.randint(total, (pairs,), generator=generator)
                 noise = torch.randn(pairs, *clean.shape[1:], generator=generator)
-                for mine in own(run, pairs).split(config.train_batch):
+                for mine in shard(run, pairs).split(config.train_batch):
                     index = indices[mine]
-                    prompt_embeds = encode_prompts(pipeline, [prompts[i] for i in index], run.known)
+                    prompt_embeds = encode_prompts(pipeline, [prompts[i] for i in index], run.cache)
                     loss = denoising_loss(pipeline, clean[index].to(device), noise[mine].to(device), timesteps[mine].to(device),
                                           prompt_embeds, negative_embeds, guidance_scale, run.dtype)
                     loss = (share * weights[index].to(device) * loss).sum() / pairs
@@ -194,12 +194,12 @@ def fit(run):
                 "weight_share": (weights.sum()**2 / (len(weights) * weights.square().sum())).item()}  # effective sample size / n: (Σw)² / (n Σw²)
         row |= time_row(run, clock, seconds_sample, seconds_reward)
         if epoch % config.eval_every == 0 or epoch == config.epochs:
-            row |= look(run, epoch)
+            row |= evaluate(run, epoch)
             row["seconds_eval"] = time.perf_counter() - clock - row["seconds"]
         log(run, row)
         best, stop = guard(run.rows, config)
         if epoch % config.checkpoint_every == 0 or epoch in (best, config.epochs) or stop:
-            keep(run, epoch, best)
+            save(run, epoch, best)
         run.epoch = epoch
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", **{name: f"{row[f'reward_{name}']:.3f}" for name in watched(config)})
         bar.update()

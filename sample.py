@@ -3,7 +3,7 @@
     python sample.py --prompt "a cat" --prompt "a fox"                    pictures of the shipped model
     python sample.py --prompt "a cat" --lora runs/compress                before and after fine-tuning, same seeds
 
-Denoising walks x_T, ..., x_0. Seen from x_t, the next latents are drawn from a Gaussian whose mean the network sets and
+Denoising trajectories x_T, ..., x_0. Seen from x_t, the next latents are drawn from a Gaussian whose mean the network sets and
 whose width σ the scheduler sets: an action with an exact likelihood, which is all that a policy gradient asks for.
 
     ε̂  = ε_u + w (ε_c − ε_u)                                        classifier-free guidance
@@ -19,7 +19,6 @@ import contextlib
 import itertools
 import json
 import os
-import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +34,9 @@ import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageDraw, ImageFont
 
 from kernels.ddim_step import fused_ddim_step
+from run_folder import picture_grid
 
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # of loading; our own bars come later and say more
@@ -240,18 +239,18 @@ def predict(unet, latents, timesteps, prompt_embeds, negative_embeds=None, dtype
 
 
 @torch.no_grad()
-def encode_prompts(pipeline, prompts, known=None):
-    """(B, L, E) embeddings, on the UNet's device. known: a dict that remembers them, {prompt: (L, E)}.
+def encode_prompts(pipeline, prompts, cache=None):
+    """(B, L, E) embeddings, on the UNet's device. cache: a dict that remembers them, {prompt: (L, E)}.
 
     Each different prompt is encoded once and alone, so that its embedding does not depend on its company. The text encoder works
     wherever it is: it may stay on the CPU.
     """
-    known = {} if known is None else known
+    cache = {} if cache is None else cache
     for prompt in prompts:
-        if prompt not in known:
+        if prompt not in cache:
             embeds = pipeline.encode_prompt(prompt, pipeline.text_encoder.device, 1, False)[0][0]
-            known[prompt] = embeds.to(pipeline.unet.device)
-    return torch.stack([known[prompt] for prompt in prompts])
+            cache[prompt] = embeds.to(pipeline.unet.device)
+    return torch.stack([cache[prompt] for prompt in prompts])
 
 
 @torch.no_grad()
@@ -272,33 +271,33 @@ def decode(pipeline, latents, batch_size=8):
 
 @torch.no_grad()
 def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta=1.0, generator=None, dtype=None,
-                        on_step=None, known=None, step=None):
-    """Sample one picture a prompt and keep the whole walk. guidance_scale <= 1 means no guidance (and half the work).
+                        on_step=None, cache=None, step=None):
+    """Sample one picture a prompt and keep the whole trajectory. guidance_scale <= 1 means no guidance (and half the work).
 
     generator: a torch.Generator, or one for each prompt (then a picture does not depend on its batch).
-    eta: one for all steps, or one for each. dtype: what the UNet computes in, by autocast (default: that of its weights); the walk
-    itself is float32. on_step: called after each step, for a progress bar. known: see encode_prompts.
+    eta: one for all steps, or one for each. dtype: what the UNet computes in, by autocast (default: that of its weights); the trajectory
+    itself is float32. on_step: called after each step, for a progress bar. cache: see encode_prompts.
     step: what takes a step (default: `guided_step`; or a `GraphedStep`, which launches faster).
     """
     unet, device = pipeline.unet, pipeline.unet.device
     timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta)
     table = table.to(device)  # all that a step needs of the scheduler: no gather on the CPU, no wait for the GPU
     guided = guidance_scale is not None and guidance_scale > 1
-    prompt_embeds = encode_prompts(pipeline, prompts, known)
-    negative_embeds = encode_prompts(pipeline, [""], known) if guided else None
+    prompt_embeds = encode_prompts(pipeline, prompts, cache)
+    negative_embeds = encode_prompts(pipeline, [""], cache) if guided else None
 
     shape = (len(prompts), *latents_shape(pipeline))
     latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    walk, log_probs = [latents], []
+    trajectory, log_probs = [latents], []
     for t, coefficients in zip(timesteps.to(device), table):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents, log_prob = (step or guided_step)(unet, latents, t.expand(len(prompts)), coefficients, noise, prompt_embeds, negative_embeds,
                                                   guidance_scale if guided else None, dtype or unet.dtype)
-        walk.append(latents)
+        trajectory.append(latents)
         log_probs.append(log_prob)
         if on_step:
             on_step()
-    return Trajectories(torch.stack(walk, 1), torch.stack(log_probs, 1), timesteps, decode(pipeline, latents), list(prompts))
+    return Trajectories(torch.stack(trajectory, 1), torch.stack(log_probs, 1), timesteps, decode(pipeline, latents), list(prompts))
 
 
 def guided_step(unet, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
@@ -338,34 +337,6 @@ class GraphedStep:
                 place.copy_(value)
         graph.replay()
         return tuple(value.clone() for value in outputs)
-
-
-def wrapped(label, font, width, lines):
-    """The label in at most so many lines of as many letters as have room, at its average letter's width."""
-    letters = int(0.95 * width * len(label) / (font.getlength(label) or 1))
-    return "\n".join(textwrap.wrap(label, max(1, letters), max_lines=lines, placeholder="…"))
-
-
-def picture_grid(rows, row_labels=None, column_labels=None, cell=None):
-    """A PIL picture: rows is a list of (columns, 3, H, W) uint8 tensors; labels stand on the left and on top."""
-    cell = cell or max(96, rows[0].shape[-1] // 2)
-    font = ImageFont.load_default(size=max(12, cell // 8))
-    names = [wrapped(label, font, 2 * cell, 4) for label in row_labels or []]
-    titles = [wrapped(label, font, cell, 2) for label in column_labels or []]
-    left = 12 + max(int(font.getlength(line)) for name in names for line in name.split("\n")) if names else 0
-    top = cell // 6 * max(title.count("\n") + 1 for title in titles) if titles else 0
-    columns = max(len(row) for row in rows)
-    grid = Image.new("RGB", (left + columns * (cell + 2), top + len(rows) * (cell + 2)), "white")
-    draw = ImageDraw.Draw(grid)
-    for j, title in enumerate(titles):
-        draw.text((left + j * (cell + 2) + cell // 2, top // 2), title, "black", font, anchor="mm", align="center")
-    for i, row in enumerate(rows):
-        if names:
-            draw.text((left - 6, top + i * (cell + 2) + cell // 2), names[i], "black", font, anchor="rm", align="right")
-        for j, image in enumerate(row):
-            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((cell, cell), Image.Resampling.LANCZOS)
-            grid.paste(picture, (left + j * (cell + 2), top + i * (cell + 2)))
-    return grid
 
 
 def main(arguments=None):

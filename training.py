@@ -5,7 +5,7 @@
     run = start(config)          models, rewards and settings tried, folder made, an interrupted run read back
     collect(run, epoch)          the epoch's pictures: sampled on all processes, scored
     log(run, row)                a row of metrics.jsonl
-    keep(run, epoch)             weights and a checkpoint
+    save(run, epoch)             weights and a checkpoint
 
 Everything random in an epoch is drawn from (seed, epoch, index of the picture): there is no state to lose, so a run that is
 killed goes on to the same numbers, on any number of processes.
@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from prompts import load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
-from run_folder import (load_checkpoint, open_tracker, plot_rewards, read_metrics, save_checkpoint, save_weights, write_whole)
-from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline, picture_grid,
+from run_folder import (load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics, save_checkpoint, save_weights, write_whole)
+from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline,
                     sample_trajectories, step_etas)
 
 
@@ -51,7 +51,7 @@ class Run:
     rank: int  # of this process, of `world`
     world: int
     prompts: list  # to train on
-    parts: dict  # name of a trained reward -> weight
+    components: dict  # name of a trained reward -> weight
     rewards: dict  # name -> function, the watched ones too
     pipeline: object
     eta: torch.Tensor  # (T,) of each step: 0 outside the window
@@ -67,7 +67,7 @@ class Run:
     epoch: int = 0  # done
     updates: int = 0  # done
     rows: list = field(default_factory=list)  # of metrics.jsonl
-    known: dict = field(default_factory=dict)  # prompt -> embedding
+    cache: dict = field(default_factory=dict)  # prompt -> embedding
     step: object = None  # what takes a sampling step, see sample_trajectories
     scorer: object = None  # a thread that computes rewards, or None
     track: object = None
@@ -149,10 +149,10 @@ def start(config, resume=False):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # everything that can be refused is tried before the folder is made
-    prompts, parts = load_prompts(config.prompts), parse_reward(config.reward)
+    prompts, components = load_prompts(config.prompts), parse_reward(config.reward)
     for name in set_names(config.eval_prompts):
         load_prompts(name)
-    rewards = {name: get_reward(name, device) for name in [*parts, *watched(config)]}
+    rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)  # what is trained is float32
     unet = pipeline.unet
     eta = step_etas(config.steps, config.eta, config.window)
@@ -178,7 +178,7 @@ def start(config, resume=False):
         for block in filter(None, (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.conv_norm_out)):
             block.compile(dynamic=False, options={"emulate_precision_casts": True})
 
-    run = Run(config, folder, device, dtype, rank, world, prompts, parts, rewards, pipeline, eta, timesteps.to(device), table.to(device),
+    run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline, eta, timesteps.to(device), table.to(device),
               policy_steps, parameters, make_optimizer(parameters, config),
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
     if config.kl and not config.lora_rank:
@@ -217,12 +217,12 @@ def start(config, resume=False):
     return run
 
 
-def own(run, count):
+def shard(run, count):
     """The indices of this process among `count` pictures, (count / world,)."""
     return torch.arange(run.rank * count // run.world, (run.rank + 1) * count // run.world)
 
 
-def stage(run, name, total, position=1):
+def progress_bar(run, name, total, position=1):
     """A bar for a part of an epoch, below that of the epochs; gone when it is full."""
     return tqdm(total=total, desc=f"  {name}", leave=False, position=position, disable=True if run.rank else None)  # None: unless on a terminal
 
@@ -231,7 +231,7 @@ def rollout(run, prompts, keys, bar=None, eta=None):
     """Trajectories of a batch, a picture a prompt, each with the random numbers of its key."""
     generators = [seeded(*key, device=run.device) for key in keys]
     return sample_trajectories(run.pipeline, prompts, run.config.steps, run.config.guidance_scale, run.eta if eta is None else eta,
-                               generators, run.dtype, bar and bar.update, run.known, run.step)
+                               generators, run.dtype, bar and bar.update, run.cache, run.step)
 
 
 def score(run, images, prompts, bar=None):
@@ -258,10 +258,10 @@ def collect(run, epoch):
     for reward in run.rewards.values():  # from here on they count this epoch's pictures, not those of looks
         reward.counts.update(dict.fromkeys(reward.counts, 0))
     prompts = sample_prompts(run.prompts, config.images, seeded(config.seed, epoch, 0), config.group_size)
-    indices = own(run, config.images)
+    indices = shard(run, config.images)
     batches, pending = [], []
-    with stage(run, "sampling", len(indices.split(config.sample_batch)) * config.steps) as sampling, \
-            stage(run, "scoring", len(indices), position=2) as scoring:
+    with progress_bar(run, "sampling", len(indices.split(config.sample_batch)) * config.steps) as sampling, \
+            progress_bar(run, "scoring", len(indices), position=2) as scoring:
         for index in indices.split(config.sample_batch):
             batch = rollout(run, [prompts[i] for i in index], [(config.seed, epoch, 1, i) for i in index.tolist()], sampling)
             task = functools.partial(score, run, batch.images, batch.prompts, scoring)
@@ -274,17 +274,17 @@ def collect(run, epoch):
         seconds_sample = time.perf_counter() - clock
         scored = [result() for result in pending]  # a dict for each batch
     scores = {name: gather(torch.cat([part[name] for part in scored]).tolist()) for name in run.rewards}
-    walks = Trajectories(torch.cat([batch.latents for batch in batches]), torch.cat([batch.log_probs for batch in batches]),
+    trajectories = Trajectories(torch.cat([batch.latents for batch in batches]), torch.cat([batch.log_probs for batch in batches]),
                          batches[0].timesteps, torch.cat([batch.images for batch in batches]),
                          [prompt for batch in batches for prompt in batch.prompts])
-    return prompts, walks, scores, (seconds_sample, time.perf_counter() - clock - seconds_sample)
+    return prompts, trajectories, scores, (seconds_sample, time.perf_counter() - clock - seconds_sample)
 
 
 def reward_row(run, scores):
     """The rewards' columns of a row of metrics.jsonl; a reward that is trained on alone is reward_mean itself."""
-    trained = sum(weight * np.array(scores[name]) for name, weight in run.parts.items())
+    trained = sum(weight * np.array(scores[name]) for name, weight in run.components.items())
     row = {"reward_mean": float(trained.mean()), "reward_std": float(trained.std())}
-    row |= {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if [*run.parts] != [name]}
+    row |= {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if [*run.components] != [name]}
     return row | {f"{name}_{what}": sum(gather([count])) for name, reward in run.rewards.items() for what, count in reward.counts.items()}
 
 
@@ -339,7 +339,7 @@ def log(run, row):
             run.track(row, row["epoch"])
 
 
-def keep(run, epoch, best=None, **state):
+def save(run, epoch, best=None, **state):
     """Weights and a checkpoint. Where `best` is an epoch before this one, the folder's own weights stay what they were then, and
     the newest go to last/. state: what the caller wants back in run.saved."""
     if run.rank:

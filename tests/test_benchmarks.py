@@ -112,6 +112,6 @@ def test_the_random_model_is_a_stable_diffusion_folder(tmp_path):
     folder = sd15.build(tmp_path / "model", sd15.UNET | small | dict(sample_size=8, cross_attention_dim=32),
                         sd15.VAE | small, sd15.TEXT | dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1))
     pipeline = load_pipeline(str(folder), "cpu")
-    walks = sample_trajectories(pipeline, ["a cat", "a dog"], num_steps=2)
-    assert walks.images.shape == (2, 3, 64, 64) and pipeline.tokenizer.model_max_length == 77
+    trajectories = sample_trajectories(pipeline, ["a cat", "a dog"], num_steps=2)
+    assert trajectories.images.shape == (2, 3, 64, 64) and pipeline.tokenizer.model_max_length == 77
     assert sd15.build(folder) == folder  # it is not made twice

@@ -1,4 +1,4 @@
-"""Claims about looking at a model in training: what is measured, which epoch is kept, and when a run is stopped."""
+"""Claims about evaluation during training: what is measured, which epoch is kept, and when a run is stopped."""
 
 import json
 
@@ -18,9 +18,9 @@ SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=4, eval_im
 
 
 def rows(rewards, watch, std=0.1):
-    looks = [{"epoch": i, "eval_reward": reward, "eval_clip": value} for i, (reward, value) in enumerate(zip(rewards, watch, strict=True))]
-    looks[0]["eval_clip_std"] = std
-    return looks
+    evaluated = [{"epoch": i, "eval_reward": reward, "eval_clip": value} for i, (reward, value) in enumerate(zip(rewards, watch, strict=True))]
+    evaluated[0]["eval_clip_std"] = std
+    return evaluated
 
 
 def test_the_best_look_within_the_guard_is_kept_and_two_beyond_it_end_the_run():
@@ -40,13 +40,13 @@ def test_one_bad_look_is_forgiven_and_the_reward_decides_among_the_others():
 
 
 def test_held_out_prompts_decide_which_look_is_kept_and_end_a_run_that_no_longer_helps_them():
-    looks = [row | {"eval_objects_reward": value} for row, value in zip(rows(range(6), [0.7] * 6), [0, 2, 3, 2, 2.5, 2.9], strict=True)]
+    evaluated = [row | {"eval_objects_reward": value} for row, value in zip(rows(range(6), [0.7] * 6), [0, 2, 3, 2, 2.5, 2.9], strict=True)]
     config = Config(reward="clip", watch="", eval_prompts="objects", patience=3)
-    assert [guard(looks[:n], config) for n in range(1, 7)] == [(None, False), (1, False), (2, False), (2, False), (2, False), (2, True)]
-    looks[-1]["eval_objects_reward"] = 3.5
-    assert guard(looks, config) == (5, False)
-    looks[-1]["eval_clip"] = 0.3  # the best of all, but for what is watched
-    assert guard(looks, Config(eval_prompts="objects", patience=3)) == (2, True)
+    assert [guard(evaluated[:n], config) for n in range(1, 7)] == [(None, False), (1, False), (2, False), (2, False), (2, False), (2, True)]
+    evaluated[-1]["eval_objects_reward"] = 3.5
+    assert guard(evaluated, config) == (5, False)
+    evaluated[-1]["eval_clip"] = 0.3  # the best of all, but for what is watched
+    assert guard(evaluated, Config(eval_prompts="objects", patience=3)) == (2, True)
 
 
 def test_without_a_guard_or_without_anything_to_watch_the_newest_is_kept():
@@ -56,7 +56,7 @@ def test_without_a_guard_or_without_anything_to_watch_the_newest_is_kept():
 
 
 def test_rows_between_looks_do_not_count():
-    between = [row for look in rows([0, 1], [0.7, 0.5]) for row in (look, {"epoch": 99, "reward_mean": 1.0})]
+    between = [row for one in rows([0, 1], [0.7, 0.5]) for row in (one, {"epoch": 99, "reward_mean": 1.0})]
     assert guard(between, Config(guard=1.0, patience=2)) == (None, False)
 
 
@@ -72,14 +72,14 @@ def test_diversity_is_one_minus_the_mean_cosine_within_a_prompt():
     assert diversity(embeddings[2:], ["b", "b"]) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_run_stops_at_the_guard_and_its_folder_holds_the_weights_of_the_best_look(tmp_path, monkeypatch):
-    """The looks are real; what they found for the watched reward is replaced, so that the guard trips after epoch 1."""
-    looked = evaluate.look
+def test_the_run_stops_at_the_guard_and_its_folder_holds_the_weights_of_the_best_evaluation(tmp_path, monkeypatch):
+    """The evaluations are real; what they found for the watched reward is replaced, so that the guard trips after epoch 1."""
+    evaluated = evaluate.evaluate
 
     def doctored(run, epoch):
-        return looked(run, epoch) | {"eval_reward": float(epoch), "eval_clip": 0.7 if epoch < 2 else 0.1}
+        return evaluated(run, epoch) | {"eval_reward": float(epoch), "eval_clip": 0.7 if epoch < 2 else 0.1}
 
-    monkeypatch.setattr(ddpo, "look", doctored)
+    monkeypatch.setattr(ddpo, "evaluate", doctored)
     folder = ddpo.train(Config(out=str(tmp_path), **SMALL | dict(epochs=9, watch="clip", guard=1.0)))
     assert [row["epoch"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2, 3]
     config = json.loads((folder / "config.json").read_text())

@@ -214,13 +214,13 @@ def test_it_learns_to_denoise_the_pictures_that_count(tmp_path, monkeypatch):
     monkeypatch.setattr(rwr, "weigh", lambda *inputs: seen.append(real(*inputs)) or seen[1])
     folder = rwr.train(Config(out=str(tmp_path), weights="sparse", per_prompt=False, top=0.25,
                               **SMALL | dict(epochs=1, steps=6, inner_epochs=25, updates=1, train_batch=8, ema=0.0)))
-    (prompts, walks, _, _), weights = seen
+    (prompts, trajectories, _, _), weights = seen
     best = weights.nonzero().flatten().repeat(8)
     noise, timesteps = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(5)), torch.arange(16) * 60
 
     def loss(pipeline):
         embeds, empty = encode_prompts(pipeline, [prompts[i] for i in best]), encode_prompts(pipeline, [""])
-        return denoising_loss(pipeline, walks.latents[best, -1], noise, timesteps, embeds, empty, 4.0).mean().item()
+        return denoising_loss(pipeline, trajectories.latents[best, -1], noise, timesteps, embeds, empty, 4.0).mean().item()
 
     with torch.no_grad():
         assert loss(load_pipeline(device="cpu", lora=folder)) < 0.9 * loss(load_pipeline(device="cpu"))

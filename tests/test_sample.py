@@ -144,7 +144,7 @@ def test_the_model_card_s_example_runs_in_plain_diffusers(monkeypatch):
     assert names["picture"].size == (64, 64)
 
 
-@pytest.mark.parametrize("model, names", [("no/such/model", "no/such/model"), ("data", "model_index.json")])
+@pytest.mark.parametrize("model, names", [("no/such/model", "no/such/model"), ("prompts", "model_index.json")])
 def test_a_model_that_cannot_be_loaded_is_one_line(model, names):
     with pytest.raises(ValueError, match=names) as error:
         load_pipeline(model, "cpu")
@@ -190,7 +190,7 @@ def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(tmp_path, mon
 
 
 @pytest.mark.parametrize("arguments, names", [(["--steps", "0"], "--steps 0"), (["--device", "toaster"], "toaster"), (["--images", "0"], "--images 0"),
-                                              (["--lora", "data"], "--lora data"), (["--out", "no/such/folder/a.png"], "--out"),
+                                              (["--lora", "prompts"], "--lora prompts"), (["--out", "no/such/folder/a.png"], "--out"),
                                               (["--eta", "2"], "--eta"), (["--seed", "18446744073709551616"], "--seed"), (["--steps", "x"], "--steps")])
 def test_what_the_command_line_cannot_do_is_one_line(tmp_path, capsys, arguments, names):
     with pytest.raises(SystemExit) as stop:

@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-import pretrain
+from emoji import pretrain, scenes
 import prompts
-import scenes
 from rewards import clip_top1
 from sample import load_pipeline, sample_trajectories
 
@@ -61,7 +60,7 @@ def test_no_text_is_unknown_to_the_tokenizer():
 
 def test_the_text_encoder_of_the_pipeline_is_that_of_the_clip():
     """On any release of transformers: some know the weights' names with a prefix only, and would leave them random."""
-    pipeline, clip = load_pipeline("models/emoji", "cpu"), CLIPModel.from_pretrained(pretrain.HERE / "models/emoji/clip")
+    pipeline, clip = load_pipeline("models/emoji", "cpu"), CLIPModel.from_pretrained(pretrain.ROOT / "models/emoji/clip")
     ids = pretrain.tokenize(pipeline.tokenizer, ["a cat with a guitar"])
     expected = clip.float().text_model(ids).last_hidden_state
     torch.testing.assert_close(pipeline.text_encoder(ids).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
@@ -90,7 +89,7 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path):
 
 
 def test_the_shipped_weights_stay_small():
-    folder = pretrain.HERE / "models/emoji"
+    folder = pretrain.ROOT / "models/emoji"
     megabytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
     assert megabytes <= 20
     assert json.loads((folder / "figures.json").read_text())["weights_megabytes"] == pytest.approx(megabytes)

@@ -18,7 +18,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from sample import ddim_step, decode, load_pipeline, picture_grid, sample_trajectories
+from run_folder import picture_grid
+from sample import ddim_step, decode, load_pipeline, sample_trajectories
 from test_tutorials import run
 
 FOLDER = ROOT / "tutorials" / "figures"
@@ -79,8 +80,8 @@ def denoising_is_a_policy(n):
     save("1_step.png")
 
     moments = (0, 5, 10, 15, 18, 20)
-    walks = n["trajectories"].latents
-    pictures = [decode(n["pipeline"], walks[i, list(moments)]) for i in range(len(walks))]
+    trajectories = n["trajectories"].latents
+    pictures = [decode(n["pipeline"], trajectories[i, list(moments)]) for i in range(len(trajectories))]
     picture_grid(pictures, n["prompts"], ["noise", *(f"{step} steps" for step in moments[1:])], cell=128).save(FOLDER / "1_emoji.png")
 
 

@@ -1,9 +1,9 @@
 """Collects the emoji sprites that the small model is pretrained on, and writes one sheet per drawing style.
 
-    python data/collect.py        needs npm, apt-get, dpkg-deb and `pip install cairosvg`; only to rebuild the sheets
+    python emoji/data/collect.py        needs npm, apt-get, dpkg-deb and `pip install cairosvg`; only to rebuild the sheets
 
 Every sheet is a grid of 64x64 RGBA cells, COLUMNS to a row, in the order of `nouns.json`, so a sheet is both the data
-and a picture of it. Sources and licences are in data/README.md. A noun is drawn from one emoji in all four styles:
+and a picture of it. Sources and licences are in emoji/data/README.md. A noun is drawn from one emoji in all four styles:
 faces where the face is what people know the animal by, whole bodies elsewhere.
 """
 

@@ -3,7 +3,7 @@
 A scene is one emoji in one of four drawing styles, turned, flipped and placed at random, over a background that may be
 plain (a small JPEG file) or busy (a large one); sometimes a second, smaller emoji stands beside the first.
 
-    python scenes.py        writes scenes.png: a sheet of them with their captions
+    python emoji/scenes.py        writes scenes.png: a sheet of them with their captions
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 DATA = Path(__file__).parent / "data"
-SIZE, COLUMNS = 64, 11  # the cells of the sheets, see data/collect.py
+SIZE, COLUMNS = 64, 11  # the cells of the sheets, see emoji/data/collect.py
 STYLES = ("noto", "twemoji", "fluent_3d", "fluent_flat")
 COLOURS = {
     "white": (245, 245, 245), "black": (30, 30, 34), "gray": (140, 144, 150), "red": (214, 60, 60),

@@ -1,7 +1,7 @@
 """Pretrains the small emoji model that ships in models/emoji: a real StableDiffusionPipeline, only tiny.
 
-    python pretrain.py                          everything, about two hours on two cores
-    python pretrain.py --unet-steps 30000       longer, where there is a GPU; finished stages are kept
+    python emoji/pretrain.py                          everything, about two hours on two cores
+    python emoji/pretrain.py --unet-steps 30000       longer, where there is a GPU; finished stages are kept
 
 Six stages, each started again where it stopped (runs/pretrain/*.pt), with sheets of pictures to look at:
 
@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import shutil
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -31,11 +32,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-import scenes
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # of the scripts
+
+from emoji import scenes
 from rewards import clip_top1, jpeg_kilobytes
 from sample import load_pipeline, sample_trajectories
 
-HERE = Path(__file__).parent
 TEXT_LENGTH = 20  # tokens: "a hippopotamus with an ice cream" has 8 with both ends
 
 
@@ -149,7 +152,7 @@ def train(name, config, model, loss_fn, look=None):
 def build_tokenizer(config):
     """CLIP's byte-level BPE, with merges learnt from the captions and from the repo's prompt files."""
     lines = scenes.draw_scenes(3000, seed=1)[1] + [scenes.with_article(noun) for noun in scenes.nouns()] * 20
-    lines += [line for path in sorted((HERE / "prompts").glob("*.txt")) for line in path.read_text().splitlines()] * 3
+    lines += [line for path in sorted((ROOT / "prompts").glob("*.txt")) for line in path.read_text().splitlines()] * 3
     lines += ["the a an one two three four five six seven eight with on in and of is riding playing washing"] * 20
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
