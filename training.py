@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from models import first_line, lora_targets
 from prompts import load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics, save_checkpoint, save_weights, write_whole)
@@ -102,22 +103,26 @@ def sum_gradients(parameters):
             p.grad.copy_(grad.view_as(p))
 
 
-def make_trainable(unet, config):
+def make_trainable(network, config):
     """The parameters to train, in float32, whatever the frozen ones are in."""
     if config.lora_rank:
         from peft import LoraConfig
 
-        targets, names = [target.strip() for target in config.lora_targets.split(",")], [name for name, _ in unet.named_modules()]
+        wanted = config.lora_targets or lora_targets(network)
+        targets, names = [target.strip() for target in wanted.split(",")], [name for name, _ in network.named_modules()]
         for target in targets:  # peft is content when one of them is there
             if not any(f".{name}".endswith(f".{target}") for name in names if name):
-                raise ValueError(f"--lora-targets {config.lora_targets}: no layer of the UNet is called {target!r}; choose such as "
-                                 "to_q,to_k,to_v,to_out.0")
+                raise ValueError(f"--lora-targets {wanted}: no layer of the {type(network).__name__} is called {target!r}; "
+                                 f"choose such as {lora_targets(network)}")
         torch.manual_seed(config.seed)  # the adapter starts the same on every process
-        unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
-                                    target_modules=targets))
+        try:
+            network.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
+                                           target_modules=targets))
+        except (ValueError, TypeError) as error:  # a layer that is neither linear nor a convolution
+            raise ValueError(f"--lora-targets {wanted}: {first_line(error)}; choose such as {lora_targets(network)}") from error
     else:
-        unet.requires_grad_(True)
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+        network.requires_grad_(True)
+    parameters = [p for p in network.parameters() if p.requires_grad]
     for p in parameters:
         p.data = p.data.float()
     return parameters
