@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from prompts import load_prompts, sample_prompts, set_names
+from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics, save_checkpoint, save_weights, write_whole)
 from settings import watched
@@ -154,6 +154,9 @@ def start(config, resume=False, reference=False):
         load_prompts(name)
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)  # what is trained is float32
+    notice = cut_notice(pipeline.tokenizer, prompts)
+    if notice and rank == 0:
+        print(notice, file=sys.stderr)
     unet = pipeline.unet
     eta = step_etas(config.steps, config.eta, config.window)
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
