@@ -40,7 +40,7 @@ from kernels.ddim_step import guided
 from kernels.ppo_loss import fused_ppo_loss
 from rewards import parse_reward
 from sample import DTYPES, ddim_step, default_device, encode_prompts, is_emoji, latents_shape, predict
-from training import (RunStopped, apply_gradients, collect, log, progress_bar, reduce, reward_row, save, seeded, shard, start, time_row,
+from training import (RunStopped, apply_gradients, collect, finish, log, progress_bar, reduce, reward_row, save, seeded, shard, start, time_row,
                       watched)
 
 
@@ -422,7 +422,7 @@ def fit(run):
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", **{name: f"{row[f'reward_{name}']:.3f}" for name in watched(config)})
         bar.update()
     bar.close()
-    return run.folder
+    return finish(run)
 
 
 def parse_config(arguments, script=sys.modules[__name__]):

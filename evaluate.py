@@ -10,7 +10,7 @@ import torch
 
 from prompts import load_prompts, set_names
 from rewards import clip_image_embeddings, clip_top1
-from run_folder import picture_grid, stack_pictures
+from run_folder import draw_progress, picture_grid, save_picture
 from training import averaged, gather, progress_bar, rollout, score, shard, watched
 
 
@@ -68,9 +68,8 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
         row[f"{view}_diversity"] = diversity(torch.stack(embeddings), prompts)
     if view == "eval" and run.rank == 0:
         strip = picture_grid([torch.stack(pictures)], [f"epoch {epoch}"], prompts[:16:2] if epoch == 0 else None)
-        strip.save(run.folder / "progress" / f"{epoch:06d}.png")
-        evaluated = sorted(path for path in (run.folder / "progress").glob("*.png") if int(path.stem) <= epoch)
-        stack_pictures(evaluated, run.folder / "progress.png")
+        save_picture(strip, run.folder / "progress" / f"{epoch:06d}.png")
+        draw_progress(run.folder, epoch)
     return row
 
 

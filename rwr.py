@@ -32,7 +32,7 @@ import ddpo
 from evaluate import evaluate, guard
 from kernels.ddim_step import guided
 from sample import encode_prompts, is_emoji, predict
-from training import apply_gradients, collect, gather, log, progress_bar, reduce, reward_row, save, seeded, shard, start, time_row, watched
+from training import apply_gradients, collect, finish, gather, log, progress_bar, reduce, reward_row, save, seeded, shard, start, time_row, watched
 
 
 @dataclass
@@ -204,7 +204,7 @@ def fit(run):
         bar.set_postfix(reward=f"{row['reward_mean']:.3f}", **{name: f"{row[f'reward_{name}']:.3f}" for name in watched(config)})
         bar.update()
     bar.close()
-    return run.folder
+    return finish(run)
 
 
 def main(arguments=None):
