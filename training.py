@@ -14,12 +14,16 @@ killed goes on to the same numbers, on any number of processes.
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,10 +35,12 @@ from tqdm import tqdm
 
 from prompts import load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
-from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics, release, reserved,
-                        row_line, save_checkpoint, save_picture, save_weights, sync, write_whole)
-from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline,
+from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics,
+                        release, reserved, row_line, save_checkpoint, save_picture, save_weights, sync,
+                        write_whole)
+from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline, predict,
                     sample_trajectories, step_etas)
+from settings import watched
 
 
 class RunStopped(Exception):
@@ -66,7 +72,7 @@ class Run:
     parameters: list
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    reference: object = None  # a frozen copy of the UNet, where a whole one is trained with --kl
+    reference: object = None  # a frozen copy of the UNet, where a whole one is trained and compared with it
     ema: list | None = None  # averaged parameters
     saved: dict | None = None  # what the caller of `save` gave, of the checkpoint that it goes on from
     epoch: int = 0  # done
@@ -78,6 +84,7 @@ class Run:
     step: object = None  # what takes a sampling step, see sample_trajectories
     scorer: object = None  # a thread that computes rewards, or None
     track: object = None
+    bar: object = None  # progress bar of the epochs
 
 
 def seeded(*key, device="cpu"):
@@ -150,39 +157,33 @@ def make_optimizer(parameters, config):
     return kind(parameters, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, eps=1e-8)
 
 
-def watched(config):
-    """The rewards of --watch that are not trained on."""
-    names = dict.fromkeys(name.strip() for name in config.watch.split(","))
-    return [name for name in names if name and name not in parse_reward(config.reward)]
+def start(config, resume=False, reference=False):
+    """A Run, ready for epoch run.epoch + 1, in a folder that no other process writes until `close`.
 
-
-def start(config, resume=False):
-    """A Run, ready for epoch run.epoch + 1, in a folder that no other process writes until `finish`.
-
-    Raises ValueError, one line, if it cannot work: then nothing has been written.
+    reference: whether the loop needs the base model's outputs, see reference_output. Raises ValueError,
+    one line, before anything is written, if it cannot work.
     """
     folder = Path(config.out) / config.name
     if int(os.environ.get("RANK", 0)):
-        return set_up(config, folder, resume)
+        return set_up(config, folder, resume, reference)
     with reserved(folder):
         if not resume and any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoint")):
             raise ValueError(f"{folder}: exists already; go on with --resume {folder}, or choose another --name")
-        return set_up(config, folder, resume)
+        return set_up(config, folder, resume, reference)
 
 
-def finish(run):
-    """After the last epoch: another process may write the folder. A run that failed ends without this,
-    for a collective with a process that is gone never returns."""
+def close(run):
+    """After the last epoch: lets another process write the folder. A run that fails ends without it, for
+    a collective with a process that is gone may never return."""
     if run.rank == 0:
         release(run.folder)
     if run.scorer:
         run.scorer.shutdown()
     if dist.is_initialized():
         dist.destroy_process_group()
-    return run.folder
 
 
-def set_up(config, folder, resume):
+def set_up(config, folder, resume, reference):
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
@@ -201,7 +202,6 @@ def set_up(config, folder, resume):
     eta = step_etas(config.steps, config.eta, config.window)
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
     policy_steps = (table[:, 2] > 0).nonzero().flatten()  # a step without noise, such as some schedules' last, is no action
-    policy_steps = policy_steps[:math.ceil(config.train_first * len(policy_steps))]
     if len(policy_steps) == 0:
         raise ValueError(f"--steps {config.steps}: every step of this scheduler is deterministic; choose more steps")
     if config.offload:  # the text encoder works where it is, once a prompt; the VAE comes to the device for each batch
@@ -231,7 +231,7 @@ def set_up(config, folder, resume):
     run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline, eta, timesteps.to(device), table.to(device),
               policy_steps, parameters, make_optimizer(parameters, config),
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
-    if config.kl and not config.lora_rank:
+    if reference and not config.lora_rank:
         run.reference = copy.deepcopy(unet).requires_grad_(False)
     if config.ema:
         run.ema = [p.detach().clone() for p in parameters]
@@ -452,6 +452,35 @@ def time_row(run, clock, seconds_sample, seconds_reward):
     return row | ({"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if run.device.type == "cuda" else {})
 
 
+def reference_output(run, *inputs):
+    """The base model's output, without gradients: the adapter is off, or a copy of the network runs.
+
+    inputs: those of sample.predict, from the latents to the negative_embeds."""
+    with torch.no_grad():
+        if run.reference is not None:
+            return predict(run.reference, *inputs, run.dtype)
+        run.pipeline.unet.disable_adapters()
+        output = predict(run.pipeline.unet, *inputs, run.dtype)
+        run.pipeline.unet.enable_adapters()
+        return output
+
+
+def describe(run, updates, pairs, kind):
+    """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update."""
+    config = run.config
+    passes = 2 if config.guidance_scale > 1 else 1
+    forward = config.images * config.steps * passes
+    backward = updates * pairs * (passes if config.train_guidance else 1)
+    at_once = min(config.train_batch, pairs // run.world)
+    trained = sum(p.numel() for p in run.parameters) / 1e6
+    return (f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, "
+            f"{config.steps} steps each\n"
+            f"  {updates} updates an epoch of {pairs} {kind}; {at_once} at once on each of "
+            f"{run.world} x {config.device}; {trained:.2f} M parameters at lr {config.lr:g}, {config.dtype}\n"
+            f"  an epoch costs {forward:,} network rows forward and {backward:,} forward and backward, all "
+            f"epochs about {config.epochs * (forward + 3 * backward):,} forward rows' worth")
+
+
 def apply_gradients(run):
     """One update from the gradients that have piled up, on all processes. Returns their norm before clipping."""
     sum_gradients(run.parameters)
@@ -525,3 +554,81 @@ def save(run, epoch, best=None, **state):
     save_checkpoint(run.folder / "checkpoint", state | {
         "epoch": epoch, "config": asdict(run.config), "parameters": [p.detach().cpu() for p in run.parameters], "ema": run.ema,
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()})
+
+
+@contextlib.contextmanager
+def stop_signals(say):
+    """Inside, Ctrl-C and SIGTERM call say(signal number) and end the process, from a thread of their own.
+
+    Python itself would raise KeyboardInterrupt in the main thread: lost where that is in a callback, late
+    where it waits in a collective for a process that is gone. The disk holds all that is needed.
+    """
+    def wait():
+        if number := os.read(arrived, 1):
+            say(number[0])
+            os._exit(130)
+
+    arrived, wake = os.pipe()
+    os.set_blocking(wake, False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: None)
+    before = signal.set_wakeup_fd(wake)  # where Python writes the number at once, wherever the main thread is
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(wake)  # the thread ends
+
+
+def leave(message, code):
+    """With several processes: ends this one so that the others end, too, and `message` is what torchrun
+    says last. It waits for nothing: what a process would wait for may be gone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)  # if all of them fail, torchrun stops this one here, and the line is there once
+    print(message, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
+    os._exit(code)
+
+
+def command_line(arguments, parse_config, prepare, fit):
+    """The command line of a loop. Exit codes: 0; 2 for settings that cannot work; 1 for a run that
+    cannot go on; 130 for one that was stopped. Each but 0 with one line."""
+    def stopped(number):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (number == signal.SIGTERM or int(os.environ.get("RANK", 0))):
+            return  # torchrun stops this process, because another has failed: that one's message matters
+        folder = Path(config.out) / config.name if config else None
+        script = Path(inspect.getfile(fit)).name
+        way_on = f"; go on with: python {script} --resume {folder}" if folder and (folder / "config.json").exists() else ""
+        print(f"\nstopped{way_on}", file=sys.stderr, flush=True)
+
+    config = None
+    with stop_signals(stopped):
+        try:
+            try:
+                config, resume = parse_config(arguments)
+                run = prepare(config, resume)
+            except ValueError as error:  # settings, models and rewards that cannot work
+                leave(str(error), 2)
+                print(error, file=sys.stderr)
+                sys.exit(2)
+            fit(run)
+        except (RunStopped, OSError) as error:
+            leave(str(error), 1)
+            sys.exit(str(error))
+        except PeerLost:
+            time.sleep(5)  # until torchrun stops this process, too: not the first to fail, it says nothing
+            os._exit(1)
+        except Exception as error:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                traceback.print_exc()
+            leave(f"{type(error).__name__}: {error}", 1)
+            raise
