@@ -610,7 +610,7 @@ def command_line(arguments, parse_config, prepare, fit):
         way_on = f"; go on with: python {script} --resume {folder}" if folder and (folder / "config.json").exists() else ""
         print(f"\nstopped{way_on}", file=sys.stderr, flush=True)
 
-    config = None
+    config = run = None
     with stop_signals(stopped):
         try:
             try:
@@ -622,6 +622,8 @@ def command_line(arguments, parse_config, prepare, fit):
                 sys.exit(2)
             fit(run)
         except (RunStopped, OSError) as error:
+            if run and run.bar:
+                run.bar.close()  # else its end would be drawn below the message
             leave(str(error), 1)
             sys.exit(str(error))
         except PeerLost:
