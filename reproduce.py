@@ -17,6 +17,7 @@ judge or as a witness, knows icons alone.
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -107,6 +108,12 @@ def finished(folder):
     return bool(over) and (folder / "checkpoint" / f"epoch_{rows[-1]['epoch']:06d}.pt").exists()
 
 
+def end_with_parent():
+    """In a child, before it runs: the kernel (of Linux) stops it when this script is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
 def run_all(runs, out, logs, jobs, minutes):
     """Bring every run to its end, `jobs` at a time, until the minutes are used up; copy the logs."""
     waiting = [name for name in runs if not finished(out / name)]
@@ -124,7 +131,8 @@ def run_all(runs, out, logs, jobs, minutes):
                 tqdm.write("python " + " ".join(command))
                 log = tempfile.TemporaryFile("w+") if jobs > 1 else None  # several at once would write over each other
                 running[name] = log, subprocess.Popen([sys.executable, *command], stdout=log, stderr=log,
-                                                      env=os.environ | {"OMP_NUM_THREADS": threads})
+                                                      env=os.environ | {"OMP_NUM_THREADS": threads},
+                                                      preexec_fn=end_with_parent)
             for name, (log, process) in list(running.items()):
                 if process.poll() is not None:
                     if process.returncode:
@@ -136,6 +144,8 @@ def run_all(runs, out, logs, jobs, minutes):
     finally:
         for _, process in running.values():
             process.terminate()
+        for _, process in running.values():
+            process.wait()  # until then it holds its run, and the same command could not go on
         bar.close()
         for name in runs:
             if finished(out / name):
@@ -461,10 +471,12 @@ def main(arguments=None):
     (results / "logs").mkdir(parents=True, exist_ok=True)
     model = "" if shipped else f" --model {args.model}"
     for name in args.experiments or choices:
-        runs = {run: f"{command}{model} {args.flags}".strip() for run, command in plan(name, args.seeds).items()
-                if shipped or not run.startswith("clip-")}
+        every = {run: command for run, command in plan(name, max(args.seeds, *T_95)).items()
+                 if shipped or not run.startswith("clip-")}
+        runs = {run: f"{command}{model} {args.flags}".strip() for run, command in every.items()
+                if int(run.rpartition("-")[2]) < args.seeds}
         complete = args.draw or run_all(runs, out, results / "logs", args.jobs, args.minutes)
-        logs = read(runs, results / "logs")
+        logs = read(every, results / "logs")  # of all seeds: fewer --seeds do not replace a table of more
         if logs:
             lines, numbers = EXPERIMENTS[name](logs, results, out)
             (results / f"{name}.md").write_text("\n".join(lines) + "\n")
@@ -473,7 +485,7 @@ def main(arguments=None):
                 insert_table(Path("README.md"), name, lines)
             print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
         if not complete:
-            print(f"{name}: {len(logs)} of {len(runs)} runs are done; the same command goes on")
+            print(f"{name}: {len(logs.keys() & runs)} of {len(runs)} runs are done; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -258,14 +258,18 @@ def decode(pipeline, latents, batch_size=8):
     """(B, C, H, W) latents -> (B, 3, height, width) uint8, in slices, because a decoder's activations are large.
 
     A VAE that waits on the CPU is brought to the latents for the time that this takes.
+    Raises FloatingPointError if latents or pixels are not finite: they would be black.
     """
     vae, home = pipeline.vae, pipeline.vae.device
     vae.to(latents.device)
-    images = []
+    images, finite = [], latents.isfinite().all()
     for part in latents.split(batch_size):
         pixels = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample
+        finite &= pixels.isfinite().all()
         images.append(((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte())
     vae.to(home)
+    if not finite:  # asked once a batch, since the answer waits for the device
+        raise FloatingPointError("the pictures are not finite")
     return torch.cat(images)
 
 
