@@ -14,10 +14,12 @@ killed goes on to the same numbers, on any number of processes.
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,8 @@ from tqdm import tqdm
 from prompts import load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics, save_checkpoint, save_weights, write_whole)
-from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline,
+from settings import watched
+from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline, predict,
                     sample_trajectories, step_etas)
 
 
@@ -61,7 +64,7 @@ class Run:
     parameters: list
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    reference: object = None  # a frozen copy of the UNet, where a whole one is trained with --kl
+    reference: object = None  # a frozen copy of the UNet, where a whole one is trained and compared with it
     ema: list | None = None  # averaged parameters
     saved: dict | None = None  # the checkpoint that it goes on from
     epoch: int = 0  # done
@@ -71,6 +74,7 @@ class Run:
     step: object = None  # what takes a sampling step, see sample_trajectories
     scorer: object = None  # a thread that computes rewards, or None
     track: object = None
+    bar: object = None  # progress bar of the epochs
 
 
 def seeded(*key, device="cpu"):
@@ -130,14 +134,10 @@ def make_optimizer(parameters, config):
     return kind(parameters, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, eps=1e-8)
 
 
-def watched(config):
-    """The rewards of --watch that are not trained on."""
-    names = dict.fromkeys(name.strip() for name in config.watch.split(","))
-    return [name for name in names if name and name not in parse_reward(config.reward)]
+def start(config, resume=False, reference=False):
+    """A Run, ready for epoch run.epoch + 1. Raises ValueError, one line, before anything is written, if it cannot work.
 
-
-def start(config, resume=False):
-    """A Run, ready for epoch run.epoch + 1. Raises ValueError, one line, before anything is written, if it cannot work."""
+    reference: whether the loop needs the base model's outputs, see reference_output."""
     device, dtype, folder = torch.device(config.device), DTYPES[config.dtype], Path(config.out) / config.name
     if (folder / "config.json").exists() and not resume:
         raise ValueError(f"{folder}: exists already; go on with --resume {folder}, or choose another --name")
@@ -158,7 +158,6 @@ def start(config, resume=False):
     eta = step_etas(config.steps, config.eta, config.window)
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
     policy_steps = (table[:, 2] > 0).nonzero().flatten()  # a step without noise, such as some schedules' last, is no action
-    policy_steps = policy_steps[:math.ceil(config.train_first * len(policy_steps))]
     if len(policy_steps) == 0:
         raise ValueError(f"--steps {config.steps}: every step of this scheduler is deterministic; choose more steps")
     if config.offload:  # the text encoder works where it is, once a prompt; the VAE comes to the device for each batch
@@ -181,7 +180,7 @@ def start(config, resume=False):
     run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline, eta, timesteps.to(device), table.to(device),
               policy_steps, parameters, make_optimizer(parameters, config),
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
-    if config.kl and not config.lora_rank:
+    if reference and not config.lora_rank:
         run.reference = copy.deepcopy(unet).requires_grad_(False)
     if config.ema:
         run.ema = [p.detach().clone() for p in parameters]
@@ -296,6 +295,35 @@ def time_row(run, clock, seconds_sample, seconds_reward):
     return row | ({"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if run.device.type == "cuda" else {})
 
 
+def reference_output(run, *inputs):
+    """The base model's output, without gradients: the adapter is off, or a copy of the network runs.
+
+    inputs: those of sample.predict, from the latents to the negative_embeds."""
+    with torch.no_grad():
+        if run.reference is not None:
+            return predict(run.reference, *inputs, run.dtype)
+        run.pipeline.unet.disable_adapters()
+        output = predict(run.pipeline.unet, *inputs, run.dtype)
+        run.pipeline.unet.enable_adapters()
+        return output
+
+
+def describe(run, updates, pairs, kind):
+    """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update."""
+    config = run.config
+    passes = 2 if config.guidance_scale > 1 else 1
+    forward = config.images * config.steps * passes
+    backward = updates * pairs * (passes if config.train_guidance else 1)
+    at_once = min(config.train_batch, pairs // run.world)
+    trained = sum(p.numel() for p in run.parameters) / 1e6
+    return (f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, "
+            f"{config.steps} steps each\n"
+            f"  {updates} updates an epoch of {pairs} {kind}; {at_once} at once on each of "
+            f"{run.world} x {config.device}; {trained:.2f} M parameters at lr {config.lr:g}, {config.dtype}\n"
+            f"  an epoch costs {forward:,} network rows forward and {backward:,} forward and backward, all "
+            f"epochs about {config.epochs * (forward + 3 * backward):,} forward rows' worth")
+
+
 def apply_gradients(run):
     """One update from the gradients that have piled up, on all processes. Returns their norm before clipping."""
     sum_gradients(run.parameters)
@@ -353,3 +381,31 @@ def save(run, epoch, best=None, **state):
     save_checkpoint(run.folder / "checkpoint", state | {
         "epoch": epoch, "parameters": [p.detach().cpu() for p in run.parameters], "ema": run.ema,
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()})
+
+
+def command_line(arguments, parse_config, prepare, fit):
+    """The command line of a loop: its exit code is 0, or 2 for settings that cannot work, or 1."""
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    config = None
+    try:
+        try:
+            config, resume = parse_config(arguments)
+            run = prepare(config, resume)
+        except ValueError as error:  # settings, models and rewards that cannot work
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        fit(run)
+    except (RunStopped, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        folder = Path(config.out) / config.name if config else None
+        script = Path(inspect.getfile(fit)).name
+        way_on = f"; go on with: python {script} --resume {folder}" if folder and folder.exists() else ""
+        print(f"\nstopped{way_on}", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for a reward that is being computed: the disk holds all that is needed
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -97,7 +97,7 @@ def worker(settings):
 
     with tempfile.TemporaryDirectory() as folder:
         config = ddpo.Config(**EQUAL | settings, eval_images=settings["sample_batch"], out=folder)
-        run = ddpo.start(ddpo.check(config))
+        run = ddpo.prepare(config)
         run.track, rows = turn, count_rows(run.pipeline.unet)
         run.step = run.step and count_replays(run.step, rows)
         if attention:

@@ -22,7 +22,7 @@ def test_every_command_of_a_plan_is_one_that_its_script_accepts(experiment):
         if script == "ddpo.py":
             ddpo.check(ddpo.parse_config([*flags, "--device", "cpu"])[0])
         else:
-            rwr.check(ddpo.parse_config([*flags, "--device", "cpu"], rwr)[0])
+            rwr.check(rwr.parse_config([*flags, "--device", "cpu"])[0])
 
 
 def test_the_interval_is_students():
