@@ -25,9 +25,9 @@ without a GPU too:
 
 Common code also gathers ᾱ from a table that lives on the CPU: a wait for the GPU and a copy back,
 at each step. The table on the device removes that with no kernel at all, and torch.compile fuses
-most of the rest; so the benchmark compares with those. The kernel adds three things: a fixed order of
-rounding and summation (the log-probability is bit for bit that of ppo_loss.py); one launch that is
-compiled once for all batch sizes; and noise from a seed that lives on the device, so that each
+most of the rest; so the benchmark compares with those. The kernel adds three things: a fixed order
+of rounding and summation (the log-probability is bit for bit that of ppo_loss.py); one launch that
+is compiled once for all batch sizes; and noise from a seed that lives on the device, so that each
 replay of a captured CUDA graph draws new noise.
 
 What is not gained: a faster Stable Diffusion. At batch 8 its UNet takes some 99 % of a step. The
@@ -37,9 +37,9 @@ nothing else of such a step is left to remove.
 How the work is divided. A sample is cut into blocks of BLOCK elements. One program takes a sample
 and adds up its blocks' sums in order. With a few large samples most of a GPU would be idle that
 way. For those each block gets a program of its own, the sums go through memory, and a second, tiny
-launch adds them up in the same order. So log_prob depends neither on the division nor on the batch around
-the sample, and there are no atomics: the same inputs give the same bits. Where the second launch
-begins to pay is reasoned here, not measured yet: see the constants below.
+launch adds them up in the same order. So log_prob depends neither on the division nor on the batch
+around the sample, and there are no atomics: the same inputs give the same bits. Where the second
+launch begins to pay is reasoned here, not measured yet: see the constants below.
 """
 
 import math
