@@ -1,0 +1,154 @@
+"""Claims about forward-process RL: its two losses, and that a run of it is a run like ddpo.py's."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from forward import awm_loss, matching_error, nft_loss, noised, old_decay, optimality
+
+KINDS = ["epsilon", "v_prediction", "sample", "flow"]
+LOSSES = {"nft": nft_loss, "awm": lambda *inputs, **slope: awm_loss(*inputs, clip_range=1.0, **slope)}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def scheduler_of(kind):
+    if kind == "flow":
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
+
+
+# the losses
+
+def test_r_clips_as_published():
+    advantages = torch.tensor([-7.0, -5.0, -2.5, 0.0, 1.0, 5.0, 9.0])
+    torch.testing.assert_close(optimality(advantages, 5.0), torch.tensor([0, 0, 0.25, 0.5, 0.6, 1, 1]))
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_nft_is_a_linear_advantage_term_and_a_trust_region(beta):
+    output, old, target = draw(3, 5, 4, 8, 8)
+    r = torch.rand(5, dtype=torch.float64)
+    e, delta = old - target, output - old
+
+    def mean(x):
+        return x.flatten(1).mean(1)
+
+    expected = mean(e**2) / beta + 2 * (2 * r - 1) * mean(e * delta) + beta * mean(delta**2)
+    torch.testing.assert_close(nft_loss(output, old, target, r, beta), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adaptive_nft_is_that_of_x_0_with_each_branch_divided_by_its_error(kind, beta):
+    """Written out in x̂_0, which is how the paper and its code have it."""
+    scheduler, timesteps = scheduler_of(kind), torch.tensor([20, 400, 700, 990])
+    clean, noise, output, old = draw(4, 4, 4, 8, 8, seed=1)
+    r = torch.tensor([0.0, 0.3, 0.5, 1.0], dtype=torch.float64)
+    noisy, target, slope = noised(scheduler, clean, noise, timesteps)
+    if kind == "flow":
+        signal, sigma = 1 - timesteps / 1000, timesteps / 1000
+    else:
+        signal, sigma = scheduler.alphas_cumprod[timesteps].sqrt(), (1 - scheduler.alphas_cumprod[timesteps]).sqrt()
+    signal, sigma = signal.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    denoise = {"epsilon": lambda o: (noisy - sigma * o) / signal, "v_prediction": lambda o: signal * noisy - sigma * o,
+               "sample": lambda o: o, "flow": lambda o: noisy - sigma * o}[kind]
+
+    def normalised(v):
+        error = denoise(v) - clean
+        return error.square().mean((1, 2, 3)) / error.abs().mean((1, 2, 3))
+
+    expected = (r * normalised((1 - beta) * old + beta * output) + (1 - r) * normalised((1 + beta) * old - beta * output)) / beta
+    torch.testing.assert_close(nft_loss(output, old, target, r, beta, slope), expected, rtol=1e-5, atol=1e-7)  # ᾱ is float32
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(6, 4, 3, padding=1)).double()
+
+
+def gradient(loss, net):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss.sum(), [*net.parameters()])])
+
+
+@pytest.mark.parametrize("slope", [None, torch.tensor([0.1, 1.0, 14.0])])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_advantage_the_gradient_at_the_old_weights_is_exactly_0(loss, slope):
+    net, (x, target) = network(), draw(2, 3, 4, 8, 8)
+    old, half = net(x).detach(), torch.full((3,), 0.5)
+    assert not gradient(LOSSES[loss](net(x), old, target, half, beta=0.5, slope=slope), net).any()
+    assert gradient(LOSSES[loss](net(x), old, target, half + 0.1, beta=0.5, slope=slope), net).any()
+    assert gradient(matching_error(net(x), target, slope), net).any()  # what rwr.py follows when all weights are 1
+
+
+@pytest.mark.parametrize("slope", [None, torch.tensor([0.1, 1.0, 14.0, 2.0])])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_policy_the_gradient_is_the_advantage_times_that_of_the_matching_loss(loss, slope):
+    net, (x, target) = network(), draw(2, 4, 4, 8, 8)
+    advantages = torch.tensor([-1.0, -0.3, 0.2, 1.0], dtype=torch.float64)
+    old, r = net(x).detach(), advantages / 2 + 0.5
+    expected = gradient(advantages * matching_error(net(x), target, slope), net)
+    torch.testing.assert_close(gradient(LOSSES[loss](net(x), old, target, r, beta=0.3, slope=slope), net), expected)
+
+
+def test_awm_stops_where_its_ratio_leaves_the_clip_range_and_its_trust_region_does_not():
+    target, old = torch.zeros(2, 1, 1, 1), torch.full((2, 1, 1, 1), 0.5)
+    r = torch.tensor([1.0, 0.0])
+    near = torch.tensor([0.1, 0.9]).view(2, 1, 1, 1).requires_grad_()  # the good one is better, the bad one worse
+    ratio = torch.exp(torch.tensor([0.25 - 0.01, 0.25 - 0.81]))
+    loss = awm_loss(near, old, target, r, beta=0.0, clip_range=2.0)
+    torch.testing.assert_close(loss, torch.stack([-ratio[0], ratio[1]]))
+    loss = awm_loss(near, old, target, r, beta=0.5, clip_range=0.1)
+    torch.testing.assert_close(loss, torch.tensor([-1.1, 0.9]) + 0.5 * 0.4**2)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), near)[0].flatten(), torch.tensor([-0.4, 0.4]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noised_pictures_and_targets_are_those_of_diffusers(kind):
+    scheduler, (clean, noise) = scheduler_of(kind), draw(2, 3, 4, 8, 8).float()
+    timesteps = scheduler.timesteps[[5, 300, 999]] if kind == "flow" else torch.tensor([0, 500, 999])
+    noisy, target, slope = noised(scheduler, clean, noise, timesteps)
+    if kind == "flow":
+        torch.testing.assert_close(noisy, scheduler.scale_noise(clean, timesteps, noise))
+        expected = noise - clean
+    else:
+        reference = DDPMScheduler.from_config(scheduler.config)
+        torch.testing.assert_close(noisy, reference.add_noise(clean, noise, timesteps))
+        expected = {"epsilon": noise, "sample": clean, "v_prediction": reference.get_velocity(clean, noise, timesteps)}[kind]
+    torch.testing.assert_close(target, expected)
+    assert slope.shape == (3,) and (slope > 0).all()
+
+
+def test_the_old_weights_follow_as_published():
+    assert [old_decay(n, 0, 0.001, 0.5) for n in (0, 100, 499, 5000)] == pytest.approx([0, 0.1, 0.499, 0.5])
+    assert [old_decay(n, 75, 0.0075, 0.999) for n in (10, 75, 95, 5000)] == pytest.approx([0, 0, 0.15, 0.999])
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_both_reach_the_known_optimum_of_a_toy(loss, beta):
+    """Pictures are points of N(0, I) in the plane, 2r − 1 = ⟨c, x_0⟩: the optimum is the flow of N(c/β, I).
+
+    For v of N(m, I) is that of N(0, I) minus t m / ((1 − t)² + t²), whatever x_t: a bias for each t.
+    """
+    c, times = torch.tensor([0.04, -0.02]), torch.linspace(0.1, 0.9, 9)
+    t, bias = times.view(9, 1, 1), torch.zeros(9, 2, requires_grad=True)
+    clean, noise = torch.randn(2, 9, 10000, 2, generator=torch.Generator().manual_seed(0))
+    clean, noise = torch.cat([clean, -clean], 1), torch.cat([noise, -noise], 1)
+    noisy, target, r = (1 - t) * clean + t * noise, noise - clean, clean @ c / 2 + 0.5
+    old = (2 * t - 1) / ((1 - t)**2 + t**2) * noisy
+    optimizer = torch.optim.LBFGS([bias], line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        total = LOSSES[loss]((old + bias[:, None]).flatten(0, 1), old.flatten(0, 1), target.flatten(0, 1), r.flatten(), beta=beta)
+        total.mean().backward()
+        return total.mean()
+
+    optimizer.step(closure)
+    optimum = -times[:, None] * (c / beta) / ((1 - times)**2 + times**2)[:, None]
+    torch.testing.assert_close(bias.detach(), optimum, rtol=0.05, atol=0.002)
