@@ -24,9 +24,47 @@ the choice only weighs the timesteps. --weighting adaptive measures the errors i
 After an epoch v_old moves to v_θ: v_old ← decay v_old + (1 − decay) v_θ, see `old_decay`.
 """
 
+import math
+import time
+from dataclasses import dataclass
+
 import torch
 
-from ddpo import is_loss
+import settings
+from ddpo import is_loss, kl_loss, mixed_advantages
+from evaluate import begin, end_epoch, finish
+from kernels.ddim_step import guided
+from sample import encode_prompts, predict
+from settings import Settings, check_choices, refuse
+from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce,
+                      reference_output, reward_row, seeded, shard, start, time_row, using)
+
+
+@dataclass
+class Config(Settings):
+    """The shared settings (settings.py), and the forward process's own. An epoch makes updates · inner_epochs
+    updates of images / updates pictures each."""
+
+    # forward process
+    loss: str = "nft"  # nft (DiffusionNFT), awm (advantage weighted matching)
+    beta: float = 1.0  # of the trust region, see the formulas above; smaller is faster and less stable
+    weighting: str = "none"  # of the timesteps: none, or adaptive, see matching_error
+    clip_range: float = 1.0  # of awm's ratio; as published so wide that it seldom acts
+    advantages: str = "group"  # group (the pictures of one prompt in an epoch), batch, or zero: the
+        # control, which must not move the model
+    advantage_clip: float = 5.0  # A_max: advantages beyond it count as it
+    train_first: float = 1.0  # share of the sampler's steps, from the first on, whose t are trained
+    old_flat: int = 0  # updates in which v_old is the newest v_θ, see old_decay
+    old_rise: float = 0.001  # by which the decay of v_old rises with each update after these
+    old_ceiling: float = 0.5  # largest decay of v_old
+    kl: float = 0.0  # weight of the divergence from the base model, mean_D ‖v_θ − v_ref‖²
+    inner_epochs: int = 4  # passes over the pictures, with new t and ε each time: with the passes of
+        # v_old nearly as many network rows as ddpo.py's 5 steps of each picture
+
+
+# Advantages of groups, as published, also where DDPO's paper has those of each prompt's buffer.
+PRESETS = {name: preset and preset | dict(advantages="group", group_size=4, inner_epochs=8)
+           for name, preset in settings.PRESETS.items()}
 
 
 def signal_and_noise(scheduler, timesteps):
@@ -94,3 +132,118 @@ def old_decay(updates, flat, rise, ceiling):
     pictures, (0, 0.001, 0.3) for AWM. 0 is on policy: the next pictures are those of v_θ.
     """
     return min(max(updates - flat, 0) * rise, ceiling)
+
+
+def check(config):
+    """Fills in the settings that follow from others. Raises ValueError, one line, for what cannot work."""
+    check_choices(config, loss=("nft", "awm"), weighting=("none", "adaptive"),
+                  advantages=("group", "batch", "zero"))
+    for setting in ("beta", "clip_range", "advantage_clip"):
+        if not getattr(config, setting) > 0:
+            refuse(config, setting, "must be above 0")
+    for setting in ("kl", "old_flat", "old_rise"):
+        if not getattr(config, setting) >= 0:
+            refuse(config, setting, "must not be negative")
+    if not 0 <= config.old_ceiling < 1:
+        refuse(config, "old_ceiling", "must be at least 0 and below 1: at 1 v_old would stand still")
+    if not 0 < config.train_first <= 1:
+        refuse(config, "train_first", "must be above 0 and at most 1")
+    if config.advantages == "group" and config.group_size < 2:
+        refuse(config, "group_size", "a group needs at least 2 pictures to compare; or choose --advantages batch")
+    if config.advantages == "batch" and config.images < 2:
+        refuse(config, "images", "advantages over a batch need at least 2")
+    suffix = "" if config.name else f"-{config.loss}"
+    config = settings.check(config)
+    config.name += suffix  # beside the runs of ddpo.py
+    return config
+
+
+def parse_config(arguments):
+    """(Config, resume) from the command line."""
+    return settings.parse_config(arguments, Config, PRESETS, __doc__)
+
+
+def prepare(config, resume=False):
+    config = check(config)
+    return start(config, resume, reference=config.kl > 0)
+
+
+def train(config, resume=False):
+    """As ddpo.train: the run's folder."""
+    return fit(prepare(config, resume))
+
+
+def fit(run):
+    """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
+    config, device, pipeline, parameters = run.config, run.device, run.pipeline, run.parameters
+    timesteps = run.timesteps[:math.ceil(config.train_first * len(run.timesteps))]  # those of the sampler
+    pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
+    updates = config.updates * config.inner_epochs  # of an epoch
+    guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
+    old = [value.to(device, copy=True) for value in (run.saved["old"] if run.saved else [p.detach() for p in parameters])]
+
+    over = begin(run, describe(run, updates, pairs, "(picture, t, ε)", teachers=1 + (config.kl > 0)))
+    while not over:
+        epoch, clock = run.epoch + 1, time.perf_counter()
+
+        # 1. sample with v_old, 2. reward
+        with using(parameters, old):
+            prompts, trajectories, scores, seconds = collect(run, epoch)
+        clean = torch.cat(gather([trajectories.latents[:, -1].cpu().clone()]))  # (images, C, H, W): x_0
+        del trajectories  # how the pictures came about is of no use here
+
+        # 3. advantages
+        advantages = (torch.zeros(config.images) if config.advantages == "zero"
+                      else mixed_advantages(run, prompts, scores, None))
+        r = optimality(advantages, config.advantage_clip)
+
+        # 4. update
+        negative_embeds = encode_prompts(pipeline, [""], run.cache) if guidance_scale else None
+        totals, grad_norms = torch.zeros(3, device=device), []
+        steps = torch.rand(config.images, len(timesteps), generator=seeded(config.seed, epoch, 2)).argsort(1)
+        updating = progress_bar(run, "updating", updates * len(shard(run, pairs)))
+        for update in range(updates):
+            inner, part = divmod(update, config.updates)
+            order = torch.randperm(config.images, generator=seeded(config.seed, epoch, 3, inner))
+            indices = order.split(pairs)[part]  # the pictures of this update
+            noise = torch.randn(pairs, *clean.shape[1:], generator=seeded(config.seed, epoch, 4, update))
+            for mine in shard(run, pairs).split(config.train_batch):
+                index = indices[mine]
+                t = timesteps[steps[index, inner % len(timesteps)].to(device)]
+                x, target, slope = noised(pipeline.scheduler, clean[index].to(device), noise[mine].to(device), t)
+                inputs = x, t, encode_prompts(pipeline, [prompts[i] for i in index], run.cache), negative_embeds
+                with torch.no_grad(), using(parameters, old):
+                    v_old = guided(predict(pipeline.unet, *inputs, run.dtype), guidance_scale)
+                output = predict(pipeline.unet, *inputs, run.dtype)
+                v = guided(output, guidance_scale)
+                common = v, v_old, target, r[index].to(device), config.beta
+                slope = slope if config.weighting == "adaptive" else None
+                loss = nft_loss(*common, slope) if config.loss == "nft" else awm_loss(*common, config.clip_range, slope)
+                kl = torch.zeros((), device=device)
+                if config.kl:
+                    kl = kl_loss(output, reference_output(run, *inputs), guidance_scale).sum()
+                run.scaler.scale((loss.sum() + config.kl * kl) / pairs).backward()
+                totals += torch.stack([loss.sum(), matching_error(v, v_old).sum(), kl]).detach()
+                updating.update(len(index))
+            grad_norms.append(apply_gradients(run))
+        updating.close()
+        decay = old_decay(run.updates, config.old_flat, config.old_rise, config.old_ceiling)
+        for value, p in zip(old, parameters):
+            value.lerp_(p.detach(), 1 - decay)
+
+        # 5. log
+        loss, deviation, kl = (reduce(totals) / (pairs * updates)).tolist()
+        row = {"epoch": epoch, "images": epoch * config.images} | reward_row(run, scores)
+        row |= {"loss": loss, "deviation": deviation, "old_decay": decay}
+        row |= {"kl": kl} if config.kl else {}
+        row |= {"grad_norm": sum(grad_norms) / len(grad_norms)} | time_row(run, clock, *seconds)
+        over = end_epoch(run, row, clock, old=[value.cpu() for value in old])
+    return finish(run)
+
+
+def main(arguments=None):
+    command_line(arguments, parse_config, prepare, fit)
+
+
+if __name__ == "__main__":
+    main()
