@@ -1,13 +1,24 @@
 """Claims about forward-process RL: its two losses, and that a run of it is a run like ddpo.py's."""
 
-from types import SimpleNamespace
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from stable_diffusion import save_pipeline
 
-from forward import awm_loss, matching_error, nft_loss, noised, old_decay, optimality
+import forward
+from forward import Config, awm_loss, matching_error, nft_loss, noised, old_decay, optimality
+from run_folder import load_checkpoint, read_metrics
+from sample import load_pipeline
 
+ROOT = Path(__file__).parents[1]
+SMALL = dict(reward="compress", watch="", preset="emoji", images=8, sample_batch=4, train_batch=4, steps=3, epochs=2, eval_images=2,
+             group_size=4, updates=2, inner_epochs=2, lr=1e-3, warmup=0, guidance_scale=2.0, device="cpu", dtype="fp32")
 KINDS = ["epsilon", "v_prediction", "sample", "flow"]
 LOSSES = {"nft": nft_loss, "awm": lambda *inputs, **slope: awm_loss(*inputs, clip_range=1.0, **slope)}
 
@@ -152,3 +163,125 @@ def test_both_reach_the_known_optimum_of_a_toy(loss, beta):
     optimizer.step(closure)
     optimum = -times[:, None] * (c / beta) / ((1 - times)**2 + times**2)[:, None]
     torch.testing.assert_close(bias.detach(), optimum, rtol=0.05, atol=0.002)
+
+
+# runs
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def train(folder, resume=False, **settings):
+    return forward.train(Config(out=str(folder), **SMALL | settings), resume)
+
+
+def numbers(folder):
+    """What a run computed, without how long it took."""
+    return [{key: value for key, value in row.items() if "second" not in key} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def parameters(folder, key="parameters"):
+    return torch.cat([value.flatten() for value in load_checkpoint(folder / "checkpoint")[key]])
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """One small run that nothing disturbed."""
+    return train(tmp_path_factory.mktemp("runs"), model=model, old_rise=0.05, kl=0.1)
+
+
+def test_a_run_leaves_what_a_run_of_ddpo_leaves(run):
+    assert run.name == "compress-nft"
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert {"images", "reward_mean", "reward_std", "loss", "deviation", "kl", "grad_norm", "seconds", "seconds_update",
+            "images_per_second", "eval_reward"} <= set(rows[-1])
+    assert [row["old_decay"] for row in rows[1:]] == pytest.approx([0.2, 0.4])  # 4 updates an epoch
+    for name in ("config.json", "rewards.png", "progress.png", "unet", "checkpoint/epoch_000002.pt"):
+        assert (run / name).exists()
+
+
+def test_the_old_weights_trail_the_new_ones(run, model):
+    first = torch.cat([p.flatten() for p in load_pipeline(model, "cpu").unet.parameters()])
+    after_1, after_2 = (torch.load(run / f"checkpoint/epoch_00000{i}.pt", weights_only=True) for i in (1, 2))
+    flat = {(i, key): torch.cat([p.flatten() for p in saved[key]]) for i, saved in ((1, after_1), (2, after_2)) for key in ("parameters", "old")}
+    torch.testing.assert_close(flat[1, "old"], 0.2 * first + 0.8 * flat[1, "parameters"])
+    torch.testing.assert_close(flat[2, "old"], 0.4 * flat[1, "old"] + 0.6 * flat[2, "parameters"])
+
+
+def test_a_run_that_is_interrupted_ends_with_the_same_numbers(run, model, tmp_path):
+    settings = dict(model=model, old_rise=0.05, kl=0.1)
+    train(tmp_path, **settings, epochs=1)
+    folder = train(tmp_path, resume=True, **settings)
+    assert numbers(folder) == numbers(run)
+    for key in ("parameters", "old"):
+        assert torch.equal(parameters(folder, key), parameters(run, key))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_advantages_a_run_does_not_move_the_model(model, tmp_path, loss):
+    """Exactly: no gradient, no step of Adam. With advantages, and with RWR's weights of 1, it moves."""
+    first = torch.cat([p.flatten() for p in load_pipeline(model, "cpu").unet.parameters()])
+    settings = dict(model=model, loss=loss, weight_decay=0.0, epochs=1, weighting="adaptive")
+    folder = train(tmp_path, **settings, advantages="zero", name="zero")
+    assert torch.equal(parameters(folder), first) and read_metrics(folder / "metrics.jsonl")[1]["grad_norm"] == 0
+    assert not torch.equal(parameters(train(tmp_path, **settings, name="moves")), first)
+
+
+def test_two_processes_train_like_one(model, tmp_path):
+    settings = SMALL | dict(model=model, out=str(tmp_path), epochs=1, loss="awm", lr=1e-4, sample_batch=2, train_batch=2)
+    words = [word for key, value in settings.items() for word in ("--" + key.replace("_", "-"), str(value))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "forward.py"]
+    split = subprocess.Popen([*launch, *words, "--name", "split"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    whole = forward.train(Config(**settings, name="whole"))
+    out, err = split.communicate(timeout=300)
+    assert split.returncode == 0, err
+    assert out.splitlines()[-1].startswith("next: python sample.py")
+    difference = (parameters(whole) - parameters(tmp_path / "split")).abs()
+    assert difference.max() <= 1e-5 and difference.mean() <= 1e-7
+    rows = [numbers(folder)[1] for folder in (whole, tmp_path / "split")]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
+    assert rows[0]["reward_mean"] == rows[1]["reward_mean"]
+
+
+@pytest.mark.parametrize("settings", [dict(reward="compress:0.5,incompress:0.1", lora_rank=2, kl=0.1), dict(guidance_scale=1.0, dtype="bf16"),
+                                      dict(train_guidance=False, train_first=0.4, advantages="batch", loss="awm")])
+def test_other_settings_run(model, tmp_path, settings):
+    folder = train(tmp_path, model=model, **settings, epochs=1)
+    assert all(value == value for value in read_metrics(folder / "metrics.jsonl")[1].values())
+    assert parameters(folder).isfinite().all()
+
+
+def test_v_prediction_models_train_too(tmp_path):
+    folder = train(tmp_path, model=save_pipeline(tmp_path / "model", "v_prediction"), epochs=1, weighting="adaptive")
+    assert read_metrics(folder / "metrics.jsonl")[1]["grad_norm"] > 0
+
+
+# what cannot work
+
+@pytest.mark.parametrize("arguments, names", [
+    (["--loss", "ddpo"], "nft, awm"), (["--weighting", "equal"], "none, adaptive"), (["--advantages", "prompt"], "group, batch, zero"),
+    (["--beta", "0"], "--beta 0"), (["--clip-range", "-1"], "--clip-range"), (["--kl", "-1"], "--kl"), (["--beta", "nan"], "--beta nan"), (["--old-rise", "inf"], "finite"),
+    (["--advantage-clip", "0"], "--advantage-clip"), (["--old-ceiling", "1"], "--old-ceiling"), (["--old-rise", "-1"], "--old-rise"),
+    (["--train-first", "0"], "--train-first"), (["--group-size", "1"], "--advantages batch"), (["--updates", "5"], "multiple of"),
+    (["--algorithm", "sf"], "unrecognized arguments"), (["--resume", "DDPO"], "not that of a run of forward.py"),
+])
+def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, names):
+    (tmp_path / "ddpo").mkdir()
+    (tmp_path / "ddpo/config.json").write_text(json.dumps({"algorithm": "sf", "clip_range": 1e-4}))
+    arguments = [str(tmp_path / "ddpo") if word == "DDPO" else word for word in arguments]
+    if arguments[0] != "--resume":
+        arguments += ["--out", str(tmp_path / "runs"), "--epochs", "1", "--steps", "2"]  # what starts ends soon
+    with pytest.raises(SystemExit) as stop:
+        forward.main(arguments)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_preset_has_settings_that_can_work():
+    for preset in forward.PRESETS:
+        config = forward.check(forward.parse_config(["--preset", preset, "--device", "cpu"])[0])
+        assert isinstance(config, Config) and config.images % (config.updates * config.group_size) == 0
