@@ -14,14 +14,12 @@ train the network v_θ at x_t, where v is the target that it was pretrained on:
     awm   −(2r − 1) exp(log p_θ − log p_old), clipped, + β ‖v_θ − v_old‖²,   log p = −‖v_θ − v‖²
 
 With e = v_old − v and δ = v_θ − v_old, nft is ‖e‖²/β + 2 (2r − 1) ⟨e, δ⟩ + β ‖δ‖²: a term that is
-linear in the advantage, and a trust region around the weights that sampled. awm is the same up to
-second order, but with 2r − 1 + β before ‖δ‖². Where r = 1/2 the gradient at v_old is 0, so the model
-cannot drift, as that of `rwr.py` does. Tutorial 11 derives both.
+linear in the advantage, and a trust region around the weights that sampled. awm is the same to first
+order. Where r = 1/2 the gradient at v_old is 0: the model cannot drift as that of rwr.py does (tutorial 11).
 
 v is the network's own target: ε, VP's v, x_0, or the flow's ε − x_0. At a given x_t each is an affine
-function of every other, so errors in one are errors in another times a number that depends on t alone:
-the choice only weighs the timesteps. --weighting adaptive measures the errors in x_0, for every model.
-After an epoch v_old moves to v_θ: v_old ← decay v_old + (1 − decay) v_θ, see `old_decay`.
+function of any other, so their errors differ by a factor that depends on t alone, a weight of the
+timesteps. --weighting adaptive takes the errors of x̂_0, whatever the network predicts.
 """
 
 import math
@@ -34,7 +32,7 @@ import settings
 from ddpo import is_loss, kl_loss, mixed_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from sample import encode_prompts, predict
+from sample import encode_prompts, noised, predict
 from settings import Settings, check_choices, refuse
 from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce,
                       reference_output, reward_row, seeded, shard, start, time_row, using)
@@ -42,49 +40,27 @@ from training import (apply_gradients, collect, command_line, describe, gather, 
 
 @dataclass
 class Config(Settings):
-    """The shared settings (settings.py), and the forward process's own. An epoch makes updates · inner_epochs
-    updates of images / updates pictures each."""
+    """The shared settings (settings.py), and those of the forward process."""
 
     # forward process
     loss: str = "nft"  # nft (DiffusionNFT), awm (advantage weighted matching)
     beta: float = 1.0  # of the trust region, see the formulas above; smaller is faster and less stable
     weighting: str = "none"  # of the timesteps: none, or adaptive, see matching_error
     clip_range: float = 1.0  # of awm's ratio; as published so wide that it seldom acts
-    advantages: str = "group"  # group (the pictures of one prompt in an epoch), batch, or zero: the
-        # control, which must not move the model
+    advantages: str = "group"  # group (of the pictures of one prompt in an epoch), or zero: the control
     advantage_clip: float = 5.0  # A_max: advantages beyond it count as it
     train_first: float = 1.0  # share of the sampler's steps, from the first on, whose t are trained
     old_flat: int = 0  # updates in which v_old is the newest v_θ, see old_decay
     old_rise: float = 0.001  # by which the decay of v_old rises with each update after these
     old_ceiling: float = 0.5  # largest decay of v_old
     kl: float = 0.0  # weight of the divergence from the base model, mean_D ‖v_θ − v_ref‖²
-    inner_epochs: int = 4  # passes over the pictures, with new t and ε each time: with the passes of
-        # v_old nearly as many network rows as ddpo.py's 5 steps of each picture
+    inner_epochs: int = 4  # passes over the pictures, with new t and ε each time: with those of v_old
+        # nearly as much work as ddpo.py's 5 steps of each picture
 
 
 # Advantages of groups, as published, also where DDPO's paper has those of each prompt's buffer.
 PRESETS = {name: preset and preset | dict(advantages="group", group_size=4, inner_epochs=8)
            for name, preset in settings.PRESETS.items()}
-
-
-def signal_and_noise(scheduler, timesteps):
-    """(α, s), each (B, 1, 1, 1), of x_t = α x_0 + s ε: √ᾱ and √(1−ᾱ), or 1 − t and t of flow models."""
-    if hasattr(scheduler, "alphas_cumprod"):
-        alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    sigma = timesteps.view(-1, 1, 1, 1) / scheduler.config.num_train_timesteps  # shifted as in sampling
-    return 1 - sigma, sigma
-
-
-def noised(scheduler, clean, noise, timesteps):
-    """(x_t, the network's target, |∂x̂_0 / ∂output| (B,)). clean: x_0, (B, C, H, W); timesteps: (B,)."""
-    signal, sigma = signal_and_noise(scheduler, timesteps)
-    kind = getattr(scheduler.config, "prediction_type", "flow")  # flow schedulers have but one
-    target, slope = {"epsilon": (noise, sigma / signal),
-                     "v_prediction": (signal * noise - sigma * clean, sigma),
-                     "sample": (clean, torch.ones_like(sigma)),
-                     "flow": (noise - clean, sigma)}[kind]
-    return signal * clean + sigma * noise, target, slope.flatten()
 
 
 def optimality(advantages, advantage_clip):
@@ -93,11 +69,9 @@ def optimality(advantages, advantage_clip):
 
 
 def matching_error(output, target, slope=None):
-    """(B,) mean_D (output − target)², what the network was pretrained on.
-
-    slope, (B,), of `noised`: instead ‖x̂_0 − x_0‖² divided by mean |x̂_0 − x_0|, without its gradient
-    (DiffusionNFT, sec. 3.3, adaptive weighting): then no timestep's errors outweigh those of others.
-    """
+    """(B,) mean_D (output − target)², what the network was pretrained on. With the slope of `noised`, (B,):
+    that of x̂_0, divided by mean_D |x̂_0 − x_0| without its gradient, so that no timestep outweighs the others
+    (adaptive weighting, DiffusionNFT, sec. 3.3)."""
     error = (output - target).flatten(1)
     if slope is None:
         return error.square().mean(1)
@@ -107,51 +81,41 @@ def matching_error(output, target, slope=None):
 
 def nft_loss(output, old, target, r, beta, slope=None):
     """(B,) DiffusionNFT, Eq. 5, over β. output, old: v_θ and v_old at x_t, (B, C, H, W); r: (B,).
-
-    A good picture draws v⁺ to its target, a bad one the mirror image v⁻: so it pushes v_θ away.
-    """
+    A good picture draws v⁺ to its target, a bad one draws the mirror image v⁻, and so pushes v_θ away."""
     delta = beta * (output - old)
     positive = matching_error(old + delta, target, slope)
     negative = matching_error(old - delta, target, slope)
     return (r * positive + (1 - r) * negative) / beta
 
 
-def awm_loss(output, old, target, r, beta, clip_range, slope=None):
-    """(B,) AWM: the loss of DDPO-IS with −matching_error for log p, plus β ‖v_θ − v_old‖².
-
-    Without the second term nothing would bound the loss of a bad picture, whose error is to grow.
-    """
+def awm_loss(output, old, target, r, beta, slope=None, clip_range=1.0):
+    """(B,) AWM: the loss of DDPO-IS with −matching_error for log p, plus β ‖v_θ − v_old‖², without
+    which nothing would bound the error of a bad picture, which is to grow."""
     log_prob, old_log_prob = (-matching_error(v, target, slope) for v in (output, old))
     return is_loss(log_prob, old_log_prob, 2 * r - 1, clip_range) + beta * matching_error(output, old)
 
 
 def old_decay(updates, flat, rise, ceiling):
-    """The decay of v_old after so many updates: 0 up to `flat`, then `rise` an update up to `ceiling`.
-
-    Published: (0, 0.001, 0.5) for most rewards of DiffusionNFT, (75, 0.0075, 0.999) for text in
-    pictures, (0, 0.001, 0.3) for AWM. 0 is on policy: the next pictures are those of v_θ.
-    """
+    """The decay of v_old after so many updates, in v_old ← decay v_old + (1 − decay) v_θ after each epoch.
+    Published are (0, 0.001, 0.5), (75, 0.0075, 0.999) for text in pictures, and (0, 0.001, 0.3) for AWM."""
     return min(max(updates - flat, 0) * rise, ceiling)
 
 
 def check(config):
     """Fills in the settings that follow from others. Raises ValueError, one line, for what cannot work."""
-    check_choices(config, loss=("nft", "awm"), weighting=("none", "adaptive"),
-                  advantages=("group", "batch", "zero"))
+    check_choices(config, loss=("nft", "awm"), weighting=("none", "adaptive"), advantages=("group", "zero"))
     for setting in ("beta", "clip_range", "advantage_clip"):
         if not getattr(config, setting) > 0:
             refuse(config, setting, "must be above 0")
-    for setting in ("kl", "old_flat", "old_rise"):
+    for setting in ("kl", "old_flat", "old_rise", "old_ceiling"):
         if not getattr(config, setting) >= 0:
             refuse(config, setting, "must not be negative")
-    if not 0 <= config.old_ceiling < 1:
-        refuse(config, "old_ceiling", "must be at least 0 and below 1: at 1 v_old would stand still")
+    if not config.old_ceiling < 1:
+        refuse(config, "old_ceiling", "must be below 1, where v_old would stand still")
     if not 0 < config.train_first <= 1:
         refuse(config, "train_first", "must be above 0 and at most 1")
-    if config.advantages == "group" and config.group_size < 2:
-        refuse(config, "group_size", "a group needs at least 2 pictures to compare; or choose --advantages batch")
-    if config.advantages == "batch" and config.images < 2:
-        refuse(config, "images", "advantages over a batch need at least 2")
+    if config.group_size < 2:
+        refuse(config, "group_size", "a group needs at least 2 pictures to compare")
     suffix = "" if config.name else f"-{config.loss}"
     config = settings.check(config)
     config.name += suffix  # beside the runs of ddpo.py
@@ -164,8 +128,7 @@ def parse_config(arguments):
 
 
 def prepare(config, resume=False):
-    config = check(config)
-    return start(config, resume, reference=config.kl > 0)
+    return start(check(config), resume, reference=config.kl > 0)
 
 
 def train(config, resume=False):
@@ -177,10 +140,11 @@ def fit(run):
     """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
     config, device, pipeline, parameters = run.config, run.device, run.pipeline, run.parameters
     timesteps = run.timesteps[:math.ceil(config.train_first * len(run.timesteps))]  # those of the sampler
+    adaptive = config.weighting == "adaptive"
     pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
     updates = config.updates * config.inner_epochs  # of an epoch
     guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
-    old = [value.to(device, copy=True) for value in (run.saved["old"] if run.saved else [p.detach() for p in parameters])]
+    old = [value.detach().to(device, copy=True) for value in (run.saved["old"] if run.saved else parameters)]
 
     over = begin(run, describe(run, updates, pairs, "(picture, t, ε)", teachers=1 + (config.kl > 0)))
     while not over:
@@ -193,9 +157,9 @@ def fit(run):
         del trajectories  # how the pictures came about is of no use here
 
         # 3. advantages
-        advantages = (torch.zeros(config.images) if config.advantages == "zero"
-                      else mixed_advantages(run, prompts, scores, None))
-        r = optimality(advantages, config.advantage_clip)
+        r = torch.full((config.images,), 0.5)
+        if config.advantages == "group":
+            r = optimality(mixed_advantages(run, prompts, scores, None), config.advantage_clip)
 
         # 4. update
         negative_embeds = encode_prompts(pipeline, [""], run.cache) if guidance_scale else None
@@ -205,10 +169,9 @@ def fit(run):
         for update in range(updates):
             inner, part = divmod(update, config.updates)
             order = torch.randperm(config.images, generator=seeded(config.seed, epoch, 3, inner))
-            indices = order.split(pairs)[part]  # the pictures of this update
             noise = torch.randn(pairs, *clean.shape[1:], generator=seeded(config.seed, epoch, 4, update))
             for mine in shard(run, pairs).split(config.train_batch):
-                index = indices[mine]
+                index = order.split(pairs)[part][mine]  # which pictures
                 t = timesteps[steps[index, inner % len(timesteps)].to(device)]
                 x, target, slope = noised(pipeline.scheduler, clean[index].to(device), noise[mine].to(device), t)
                 inputs = x, t, encode_prompts(pipeline, [prompts[i] for i in index], run.cache), negative_embeds
@@ -216,10 +179,9 @@ def fit(run):
                     v_old = guided(predict(pipeline.unet, *inputs, run.dtype), guidance_scale)
                 output = predict(pipeline.unet, *inputs, run.dtype)
                 v = guided(output, guidance_scale)
-                common = v, v_old, target, r[index].to(device), config.beta
-                slope = slope if config.weighting == "adaptive" else None
-                loss = nft_loss(*common, slope) if config.loss == "nft" else awm_loss(*common, config.clip_range, slope)
-                kl = torch.zeros((), device=device)
+                common = v, v_old, target, r[index].to(device), config.beta, slope if adaptive else None
+                loss = nft_loss(*common) if config.loss == "nft" else awm_loss(*common, config.clip_range)
+                kl = loss.new_zeros(())
                 if config.kl:
                     kl = kl_loss(output, reference_output(run, *inputs), guidance_scale).sum()
                 run.scaler.scale((loss.sum() + config.kl * kl) / pairs).backward()
@@ -234,8 +196,7 @@ def fit(run):
         # 5. log
         loss, deviation, kl = (reduce(totals) / (pairs * updates)).tolist()
         row = {"epoch": epoch, "images": epoch * config.images} | reward_row(run, scores)
-        row |= {"loss": loss, "deviation": deviation, "old_decay": decay}
-        row |= {"kl": kl} if config.kl else {}
+        row |= {"loss": loss, "deviation": deviation, "old_decay": decay} | ({"kl": kl} if config.kl else {})
         row |= {"grad_norm": sum(grad_norms) / len(grad_norms)} | time_row(run, clock, *seconds)
         over = end_epoch(run, row, clock, old=[value.cpu() for value in old])
     return finish(run)

@@ -12,15 +12,15 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from stable_diffusion import save_pipeline
 
 import forward
-from forward import Config, awm_loss, matching_error, nft_loss, noised, old_decay, optimality
+from forward import Config, awm_loss, matching_error, nft_loss, old_decay, optimality
 from run_folder import load_checkpoint, read_metrics
-from sample import load_pipeline
+from sample import load_pipeline, noised
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(reward="compress", watch="", preset="emoji", images=8, sample_batch=4, train_batch=4, steps=3, epochs=2, eval_images=2,
              group_size=4, updates=2, inner_epochs=2, lr=1e-3, warmup=0, guidance_scale=2.0, device="cpu", dtype="fp32")
 KINDS = ["epsilon", "v_prediction", "sample", "flow"]
-LOSSES = {"nft": nft_loss, "awm": lambda *inputs, **slope: awm_loss(*inputs, clip_range=1.0, **slope)}
+LOSSES = {"nft": nft_loss, "awm": awm_loss}
 
 
 def draw(*shape, seed=0):
@@ -247,7 +247,7 @@ def test_two_processes_train_like_one(model, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [dict(reward="compress:0.5,incompress:0.1", lora_rank=2, kl=0.1), dict(guidance_scale=1.0, dtype="bf16"),
-                                      dict(train_guidance=False, train_first=0.4, advantages="batch", loss="awm")])
+                                      dict(train_guidance=False, train_first=0.4, loss="awm")])
 def test_other_settings_run(model, tmp_path, settings):
     folder = train(tmp_path, model=model, **settings, epochs=1)
     assert all(value == value for value in read_metrics(folder / "metrics.jsonl")[1].values())
@@ -262,10 +262,10 @@ def test_v_prediction_models_train_too(tmp_path):
 # what cannot work
 
 @pytest.mark.parametrize("arguments, names", [
-    (["--loss", "ddpo"], "nft, awm"), (["--weighting", "equal"], "none, adaptive"), (["--advantages", "prompt"], "group, batch, zero"),
+    (["--loss", "ddpo"], "nft, awm"), (["--weighting", "equal"], "none, adaptive"), (["--advantages", "prompt"], "group, zero"),
     (["--beta", "0"], "--beta 0"), (["--clip-range", "-1"], "--clip-range"), (["--kl", "-1"], "--kl"), (["--beta", "nan"], "--beta nan"), (["--old-rise", "inf"], "finite"),
     (["--advantage-clip", "0"], "--advantage-clip"), (["--old-ceiling", "1"], "--old-ceiling"), (["--old-rise", "-1"], "--old-rise"),
-    (["--train-first", "0"], "--train-first"), (["--group-size", "1"], "--advantages batch"), (["--updates", "5"], "multiple of"),
+    (["--train-first", "0"], "--train-first"), (["--group-size", "1"], "at least 2 pictures"), (["--updates", "5"], "multiple of"),
     (["--algorithm", "sf"], "unrecognized arguments"), (["--resume", "DDPO"], "not that of a run of forward.py"),
 ])
 def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, names):
