@@ -148,7 +148,7 @@ def fit(run):
         statistics[name].buffers = buffers
 
     kind = f"(picture, step) pairs, {trained_steps} steps of each picture"
-    over = begin(run, describe(run, updates, pairs, kind))
+    over = begin(run, describe(run, updates, pairs, kind, teachers=int(config.kl > 0)))
     while not over:
         epoch, clock = run.epoch + 1, time.perf_counter()
 

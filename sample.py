@@ -203,6 +203,26 @@ def ddim_step(output, latents, coefficients, next_latents=None, generator=None, 
     return next_latents, torch.where(coefficients[..., 2] > 0, log_prob, 0.0)
 
 
+def signal_and_noise(scheduler, timesteps):
+    """(α, s), each (B, 1, 1, 1), of x_t = α x_0 + s ε: √ᾱ and √(1−ᾱ), or 1 − t and t of flow models."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    sigma = timesteps.view(-1, 1, 1, 1) / scheduler.config.num_train_timesteps  # shifted as in sampling
+    return 1 - sigma, sigma
+
+
+def noised(scheduler, clean, noise, timesteps):
+    """(x_t, the network's target, |∂x̂_0 / ∂output| (B,)). clean: x_0, (B, C, H, W); timesteps: (B,)."""
+    signal, sigma = signal_and_noise(scheduler, timesteps)
+    kind = getattr(scheduler.config, "prediction_type", "flow")  # flow schedulers have but one
+    target, slope = {"epsilon": (noise, sigma / signal),
+                     "v_prediction": (signal * noise - sigma * clean, sigma),
+                     "sample": (clean, torch.ones_like(sigma)),
+                     "flow": (noise - clean, sigma / (signal + sigma))}[kind]
+    return signal * clean + sigma * noise, target, slope.flatten()
+
+
 @torch.no_grad()
 def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta=1.0, generator=None, dtype=None,
                         on_step=None, cache=None, step=None, sampler="ddim"):

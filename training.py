@@ -468,12 +468,14 @@ def reference_output(run, *inputs):
         return output
 
 
-def describe(run, updates, pairs, kind):
-    """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update."""
+def describe(run, updates, pairs, kind, teachers=0):
+    """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update;
+    teachers: networks that run on each pair without gradient, such as the base model of --kl."""
     config = run.config
     passes = 2 if config.guidance_scale > 1 else 1
     forward = config.images * config.steps * passes
     backward = updates * pairs * (passes if config.train_guidance else 1)
+    forward += teachers * backward
     at_once = min(config.train_batch, pairs // run.world)
     trained = sum(p.numel() for p in run.parameters) / 1e6
     return (f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, "
@@ -504,15 +506,20 @@ def apply_gradients(run):
 
 
 @contextlib.contextmanager
-def averaged(run):
-    """Inside, the UNet has its averaged weights (--ema), which are those that are looked at and kept."""
-    present = [p.detach().clone() for p in run.parameters] if run.ema else []
+def using(parameters, values):
+    """Inside, the parameters have these values."""
+    present = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        for p, average in zip(run.parameters, run.ema or []):
-            p.copy_(average)
-        yield
-        for p, value in zip(run.parameters, present):
+        for p, value in zip(parameters, values):
             p.copy_(value)
+        yield
+        for p, value in zip(parameters, present):
+            p.copy_(value)
+
+
+def averaged(run):
+    """Inside, the UNet has its averaged weights (--ema), which are those that are evaluated and saved."""
+    return using(run.parameters, run.ema or run.parameters)
 
 
 def log(run, row):
