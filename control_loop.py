@@ -1,4 +1,4 @@
-"""Closed loop: DDPO with a critic controls a body, beside a Gaussian policy trained by the same PPO.
+"""Closed loop: DDPO with a critic controls a body, beside a Gaussian policy by the same PPO.
 
     python control_loop.py --task Pendulum-v1                      a diffusion policy
     python control_loop.py --task Pendulum-v1 --policy gaussian    the standard, for comparison
@@ -22,28 +22,24 @@ our choice. So it is a table of one row, and all else is the same code for both.
 Evaluation plays fixed seeds with the noise that the policy is trained with.
 """
 
-import importlib.util
 import math
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from control_policy import (Denoiser, check_numbers, denoising_loss, fit, log, main, noise_schedule,
-                            open_run, refuse, sample_chain, setting)
+from control_policy import (Denoiser, apply_gradients, check_numbers, denoising_loss, fit, log,
+                            main, noise_schedule, open_run, refuse, sample_chain, setting)
+from control_worlds import copy_controller, load_controller, make_envs, play, try_controller
 from ddpo import clip_range_for, is_loss
 from sample import ddim_step, ddim_table
 from training import seeded
 
-matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt
-
+plt.switch_backend("Agg")  # no screen needed
 
 @dataclass
 class Config:
@@ -75,100 +71,6 @@ class Config:
     eval_every: int = setting(5, "epochs between evaluations")
 
 
-# the task
-
-
-def pendulum_controller(observations, generator):
-    """Actions (N, A) in the task's units for observations (N, O): swings up by adding energy, holds
-    the rod near the top, and has a shaky hand. generator: a numpy.random.Generator."""
-    cos, sin, speed = observations.T
-    angle, energy = np.arctan2(sin, cos), speed**2 / 6 + 5 * cos  # 5 is the energy at the top
-    swing = 2 * np.sign(speed) * np.clip(0.15 * (5 - energy), -1, 1)
-    torque = np.where(np.abs(angle) < 0.4, -8 * angle - 2 * speed, swing)
-    return np.clip(torque + 2 * generator.standard_normal(len(torque)), -2, 2)[:, None]
-
-
-def load_controller(config):
-    if not config.controller:
-        if config.task == "Pendulum-v1":
-            return pendulum_controller
-        refuse(config, "task", "has no controller to start from; give one as "
-                               "--controller file.py:function, or choose Pendulum-v1")
-    path, _, name = config.controller.rpartition(":")
-    if not Path(path).is_file():
-        refuse(config, "controller", "no such file; write file.py:function")
-    spec = importlib.util.spec_from_file_location("controller", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        refuse(config, "controller", f"{path} has no function {name}")
-    return getattr(module, name)
-
-
-def make_envs(config):
-    """The task, --envs times. Raises ValueError if it is not one that this file can play."""
-    try:
-        import gymnasium
-    except ImportError:
-        refuse(config, "task", "needs gymnasium; pip install gymnasium")
-    try:
-        envs = gymnasium.make_vec(config.task, config.envs, vectorization_mode="sync")
-    except gymnasium.error.Error as error:
-        refuse(config, "task", f"gymnasium cannot make it ({str(error).splitlines()[0]})")
-    action, observation = envs.single_action_space, envs.single_observation_space
-    if not (isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1
-            and np.isfinite([action.low, action.high]).all()):  # fmt: skip
-        refuse(config, "task", "its actions are no bounded vector; choose such as Pendulum-v1")
-    if not isinstance(observation, gymnasium.spaces.Box) or len(observation.shape) != 1:
-        refuse(config, "task", "its observations are no vector; choose such as Pendulum-v1")
-    if not envs.spec.max_episode_steps:
-        refuse(config, "task", "its episodes have no time limit; choose such as Pendulum-v1")
-    return envs
-
-
-def reset(envs, *key):
-    seeds = np.random.SeedSequence(key).generate_state(envs.num_envs)
-    return envs.reset(seed=[int(seed) for seed in seeds])[0]
-
-
-def play(envs, config, seeds, act):
-    """An episode in each environment. act: observations (N, O) -> actions (N, A, chunk) in ±1 and
-    anything that is to be remembered. Returns a namespace of lists, one entry a decision:
-
-    observations, next_observations (N, O); rewards (N,), discounted within the chunk; discounts
-    (N,) of what follows it; alive, terminated (N,) bool; memory. And returns (N,), undiscounted.
-    An environment that is done before the others waits: it is no longer alive.
-    """
-    space, observations = envs.single_action_space, reset(envs, *seeds)
-    low, high = space.low, space.high
-    over, terminated = np.zeros(len(observations), bool), np.zeros(len(observations), bool)
-    rollout = SimpleNamespace(env_steps=0, observations=[], next_observations=[], rewards=[], discounts=[],
-                              alive=[], terminated=[], memory=[], returns=0)  # fmt: skip
-    for _ in range(math.ceil(envs.spec.max_episode_steps / config.chunk)):
-        actions, memory = act(observations)
-        rollout.alive.append(~over)
-        rollout.observations.append(observations)
-        rollout.memory.append(memory)
-        rewards, discounts = np.zeros(len(over)), np.ones(len(over))
-        for action in np.moveaxis(actions, 2, 0):  # (N, A)
-            action = low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
-            new, reward, ends, cut, _ = envs.step(action.astype(space.dtype))
-            reward = np.where(over, 0, reward)
-            rewards, rollout.returns = rewards + discounts * reward, rollout.returns + reward
-            discounts = np.where(over, discounts, discounts * config.gamma)
-            observations = np.where(over[:, None], observations, new)
-            terminated |= ends & ~over
-            rollout.env_steps += int((~over).sum())
-            over = over | ends | cut
-        rollout.next_observations.append(observations)
-        rollout.rewards.append(rewards)
-        rollout.discounts.append(discounts)
-        rollout.terminated.append(terminated.copy())
-        if over.all():
-            break
-    return rollout
-
-
 def gae(rewards, discounts, values, next_values, alive, gae_lambda):
     """(D, N) generalised advantage estimates (Schulman et al. 2015) of D decisions. All (D, N);
     next_values is 0 where an episode has ended for good; alive: False after its end."""
@@ -189,14 +91,11 @@ def policy_table(config):
     return timesteps, table
 
 
-# the loop
-
-
 def check(config):
     """Fill in the name and refuse what cannot work: ValueError, one line."""
     check_numbers(config, ("demonstrations", "pretrain", "epochs", "envs", "chunk", "steps",
                            "train_last", "passes", "decisions", "eval_every"),
-                  ("min_sigma", "sigma", "lr", "critic_lr", "clip_range"))  # fmt: skip
+                  ("min_sigma", "sigma", "lr", "critic_lr", "clip_range"))
     if config.policy not in ("diffusion", "gaussian"):
         refuse(config, "policy", "unknown; choose diffusion, gaussian")
     for name in ("gamma", "gae_lambda", "denoising_gamma"):
@@ -204,38 +103,9 @@ def check(config):
             refuse(config, name, "must be at most 1")
     if config.train_last > config.steps:
         refuse(config, "train_last", f"must be at most --steps {config.steps}")
-    load_controller(config)
-    make_envs(config)
+    try_controller(config, make_envs(config))
     config.name = config.name or f"{config.task.replace('/', '_')}-{config.policy}"
     return config
-
-
-def copy_controller(config, envs, controller):
-    """What the demonstrations give: observations (n, O), chunks (n, A, 1, chunk) in ±1, discounted
-    returns (n,); returns (episodes,) for the log."""
-    space, seen, chunks, to_go, returns = envs.single_action_space, [], [], [], []
-    one_step = SimpleNamespace(**vars(config) | {"chunk": 1})
-    for episode in range(config.demonstrations):
-        generator = np.random.default_rng((config.seed, 0, episode))
-
-        def act(observations):
-            actions = controller(observations, generator)
-            actions = 2 * (actions - space.low) / (space.high - space.low) - 1
-            return actions[:, :, None], actions
-
-        played = play(envs, one_step, (config.seed, 0, episode), act)
-        returns.append(played.returns)
-        reward, alive = np.array(played.rewards), np.array(played.alive)  # (T, N)
-        for t in reversed(range(len(reward) - 1)):
-            reward[t] += config.gamma * reward[t + 1]  # from here on: the discounted return
-        actions = np.array(played.memory)  # (T, N, A)
-        for t in range(len(reward) - config.chunk + 1):
-            whole = alive[t + config.chunk - 1]  # the chunk ends before the episode does
-            seen.append(played.observations[t][whole])
-            chunks.append(np.moveaxis(actions[t : t + config.chunk, whole], 0, 2)[:, :, None])
-            to_go.append(reward[t][whole])
-    arrays = (np.concatenate(each) for each in (seen, chunks, to_go, returns))
-    return [torch.as_tensor(each, dtype=torch.float32) for each in arrays]
 
 
 def train(config, resume=False):
@@ -254,11 +124,11 @@ def fine_tune(config, folder, saved, rows):
     policy = Denoiser(shape, features, width=128, depth=2)
     critic = torch.nn.Sequential(torch.nn.Linear(features, 128), torch.nn.SiLU(),
                                  torch.nn.Linear(128, 128), torch.nn.SiLU(),
-                                 torch.nn.Linear(128, 1), torch.nn.Flatten(-2))  # fmt: skip
+                                 torch.nn.Linear(128, 1), torch.nn.Flatten(-2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=config.critic_lr)
     keeps = {"policy": policy, "critic": critic, "optimizer": optimizer,
-             "critic_optimizer": critic_optimizer}  # fmt: skip
+             "critic_optimizer": critic_optimizer}
 
     def condition(observations):
         return (torch.as_tensor(observations, dtype=torch.float32) - mean) / std
@@ -270,16 +140,15 @@ def fine_tune(config, folder, saved, rows):
 
     def rollout(seeds, generator):
         def act(observations):
-            latents = torch.randn(len(observations), *shape, generator=generator) * diffusion
-            chain, log_probs = sample_chain(policy, condition(observations), latents, timesteps,
-                                            table, generator)  # fmt: skip
+            chain, log_probs = sample_chain(policy, condition(observations), shape, timesteps,
+                                            table, generator, spread=float(diffusion))
             return chain[:, -1, :, 0].numpy(), (chain, log_probs)
 
         return play(envs, config, seeds, act)
 
     def save(row):
         log(folder, rows, row, {name: part.state_dict() for name, part in keeps.items()} |
-            {"mean": mean, "std": std, "scale": scale, "shown": shown})  # fmt: skip
+            {"mean": mean, "std": std, "scale": scale, "shown": shown})
 
     if saved:
         for name, part in keeps.items():
@@ -288,7 +157,7 @@ def fine_tune(config, folder, saved, rows):
     else:
         seen, chunks, to_go, returns = copy_controller(config, envs, load_controller(config))
         mean, std = seen.mean(0), seen.std(0) + 1e-6
-        scale = 1 / (to_go.std().item() + 1e-6)  # of rewards, so that the critic's task is of size 1
+        scale = 1 / (to_go.std().item() + 1e-6)  # of rewards: the critic's targets are of size 1
         alphas_cumprod = noise_schedule().alphas_cumprod
 
         def policy_loss(generator):
@@ -319,7 +188,7 @@ def fine_tune(config, folder, saved, rows):
         chains, old_log_probs = zip(*played.memory)
         numbers = played.rewards, played.discounts, played.alive, played.terminated
         rewards, discounts, alive, terminated = (torch.tensor(np.array(each), dtype=torch.float32)
-                                                 for each in numbers)  # fmt: skip
+                                                 for each in numbers)
 
         # 3. advantages
         with torch.no_grad():
@@ -338,7 +207,8 @@ def fine_tune(config, folder, saved, rows):
                 weights = alive / alive[batch].sum() / len(trained)
                 for d in batch.tolist():
                     for step in trained:
-                        x, x_next, old = chains[d][:, step], chains[d][:, step + 1], old_log_probs[d][:, step]
+                        x, x_next = chains[d][:, step], chains[d][:, step + 1]
+                        old = old_log_probs[d][:, step]
                         output = policy(x, timesteps[step].expand(len(x)), seen[d])
                         _, log_prob = ddim_step(output, x, table[step], x_next)
                         discount = config.denoising_gamma ** (len(table) - 1 - step)
@@ -350,8 +220,7 @@ def fine_tune(config, folder, saved, rows):
                                 ratio_error = max(ratio_error, away.max().item())
                             kinds = loss, (log_prob - old).square(), (away > clip_range).float()
                             totals += (torch.stack(kinds) * weights[d]).sum(1)
-                grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item())
-                optimizer.step()
+                grad_norms.append(apply_gradients(policy, optimizer))
                 critic_optimizer.zero_grad()
                 error = (critic(seen[batch]) - targets[batch]).square() * alive[batch]
                 (error.sum() / alive[batch].sum()).backward()
@@ -366,7 +235,7 @@ def fine_tune(config, folder, saved, rows):
                "loss": loss, "approx_kl": square / 2, "clip_fraction": clipped,
                "ratio_error": ratio_error, "grad_norm": sum(grad_norms) / len(grad_norms),
                "explained_variance": (1 - left / spread).item(),
-               "seconds": time.perf_counter() - clock}  # fmt: skip
+               "seconds": time.perf_counter() - clock}
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             evaluated, shown[epoch] = evaluate()
             row |= evaluated
@@ -383,13 +252,13 @@ def draw_progress(config, rows, shown, path):
     """The curve of returns; beside it, the first evaluated episode before and after: a film strip
     of the pendulum, or curves of the observations of another task."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained",
-                                width_ratios=(3, 4, 4))  # fmt: skip
+                                width_ratios=(3, 4, 4))
     trained = [row for row in rows if "return_mean" in row]
     axes[0].plot([row["env_steps"] for row in trained], [row["return_mean"] for row in trained],
-                 alpha=0.5, label="played")  # fmt: skip
+                 alpha=0.5, label="played")
     evaluated = [row for row in rows if "eval_return" in row]
     axes[0].plot([row["env_steps"] for row in evaluated], [row["eval_return"] for row in evaluated],
-                 "o-", ms=3, label="fixed seeds")  # fmt: skip
+                 "o-", ms=3, label="fixed seeds")
     axes[0].set(title=f"return, {config.policy}", xlabel="steps in the task")
     axes[0].legend(fontsize=8)
     axes[0].grid(alpha=0.3)

@@ -1,7 +1,6 @@
-"""A small diffusion policy, for latents that are no pictures: what control.py and control_loop.py share.
+"""A small diffusion policy for latents that are no pictures: what both control loops share.
 
-The network and how it is pretrained, the denoising chain, and around them a run's folder and its
-command line. The sampler's mathematics are those of sample.py.
+The network and its pretraining, the denoising chain, and a run's folder and command line.
 """
 
 import argparse
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from run_folder import load_checkpoint, read_metrics, save_checkpoint, write_whole
 from sample import ddim_step
+from training import RunStopped
 
 
 # the model
@@ -53,7 +53,7 @@ def noise_schedule():
     """Stable Diffusion's, predicting v, which is what so small a network learns best."""
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                          prediction_type="v_prediction", clip_sample=False, steps_offset=1,
-                         set_alpha_to_one=False)  # fmt: skip
+                         set_alpha_to_one=False)
 
 
 def denoising_loss(model, clean, condition, alphas_cumprod, generator):
@@ -77,8 +77,9 @@ def fit(model, loss_of, updates, generator, lr=2e-3):
 
 
 @torch.no_grad()
-def sample_chain(model, condition, latents, timesteps, table, generator):
-    """The denoising chain from latents x_T, (B, C, H, W): (B, T+1, C, H, W), log_probs (B, T)."""
+def sample_chain(model, condition, shape, timesteps, table, generator, spread=1.0):
+    """Denoising chains: latents (B, T+1, *shape) from x_T ~ N(0, spread²) on, log_probs (B, T)."""
+    latents = spread * torch.randn(len(condition), *shape, generator=generator)
     chain, log_probs = [latents], []
     for t, row in zip(timesteps, table):
         output = model(latents, t.expand(len(latents)), condition)
@@ -87,6 +88,16 @@ def sample_chain(model, condition, latents, timesteps, table, generator):
         chain.append(latents)
         log_probs.append(log_prob)
     return torch.stack(chain, 1), torch.stack(log_probs, 1)
+
+
+def apply_gradients(model, optimizer):
+    """One update, with the gradients' norm clipped to 1. Returns the norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    if not math.isfinite(norm):
+        lr = optimizer.param_groups[0]["lr"]
+        raise RunStopped(f"the gradient is {norm}; start again with a learning rate below {lr:g}")
+    optimizer.step()
+    return norm
 
 
 # a run: its settings, folder and command line
@@ -122,13 +133,13 @@ def open_run(config, resume):
     folder = Path(config.out) / config.name
     if folder.exists() and not resume:
         raise ValueError(f"--name {config.name}: {folder} exists; go on with --resume {folder}, "
-                         "or choose another")  # fmt: skip
+                         "or choose another")
     saved = load_checkpoint(folder / "checkpoint")
     rows = read_metrics(folder / "metrics.jsonl") if saved else []
     rows = [row for row in rows if row["epoch"] <= saved["epoch"]]
     if saved and [row["epoch"] for row in rows] != list(range(saved["epoch"] + 1)):
         raise ValueError(f"--resume {folder}: metrics.jsonl lacks rows before its checkpoint's "
-                         "epoch; mend that file, or begin anew with another --name")  # fmt: skip
+                         "epoch; mend that file, or begin anew with another --name")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -190,7 +201,7 @@ def main(arguments, script):
             print(error, file=sys.stderr)
             sys.exit(2)
         print(script.fine_tune(config, *run))
-    except OSError as error:  # a full disk, for one
+    except (RunStopped, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         program, folder = Path(script.__file__).name, Path(config.out) / config.name
