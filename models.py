@@ -285,6 +285,12 @@ def text_encoders(pipeline):
     return [encoder for encoder in (getattr(pipeline, name, None) for name in names) if encoder is not None]
 
 
+def main_tokenizer(pipeline):
+    """Of the text encoder that reads most of a prompt: T5 where there is one."""
+    return (getattr(pipeline, "tokenizer_3", None) or getattr(pipeline, "tokenizer_2", None)
+            or pipeline.tokenizer)
+
+
 def network_channels(network):
     """Channels of the latents that it works on: FLUX's are packed by squares of 2 x 2."""
     return network.config.in_channels // (4 if isinstance(network, FluxTransformer2DModel) else 1)
@@ -368,19 +374,24 @@ def encode_prompt(pipeline, prompt):
     return {"encoder_hidden_states": pipeline.encode_prompt(prompt, device, 1, False)[0]}
 
 
-def condition(pipeline, prompts, guidance_scale, cache=None):
+def passes(pipeline, guidance_scale):
+    """How many passes through the network a guided prediction takes. FLUX.1-dev has learnt to guide itself: it takes
+    the scale as an input of its one pass."""
+    return 2 if guidance_scale is not None and guidance_scale > 1 and kind_of(pipeline) != "FluxPipeline" else 1
+
+
+def condition(pipeline, prompts, guidance_scale, cache=None, two_passes=True):
     """(prompt_embeds, negative_embeds, guidance_scale) for `predict` and for the step after it.
 
-    With a guidance_scale above 1 guidance takes two passes, of the empty prompt and of this one; without, negative_embeds
-    and guidance_scale are None. FLUX.1-dev has learnt to guide itself: it takes the scale as an input of its one pass.
+    Where guidance takes two passes, negative_embeds are those of the empty prompt. With one pass, or not two_passes,
+    negative_embeds and guidance_scale are None.
     """
     prompt_embeds = encode_prompts(pipeline, prompts, cache)
-    if kind_of(pipeline) == "FluxPipeline":
-        if pipeline.transformer.config.guidance_embeds:
-            scale = 1.0 if guidance_scale is None else float(guidance_scale)
-            prompt_embeds["guidance"] = torch.full((len(prompts),), scale, device=denoiser(pipeline).device)
-        return prompt_embeds, None, None
-    if guidance_scale is None or guidance_scale <= 1:
+    network = denoiser(pipeline)
+    if isinstance(network, FluxTransformer2DModel) and network.config.guidance_embeds:
+        scale = 1.0 if guidance_scale is None else float(guidance_scale)
+        prompt_embeds["guidance"] = torch.full((len(prompts),), scale, device=network.device)
+    if not two_passes or passes(pipeline, guidance_scale) == 1:
         return prompt_embeds, None, None
     return prompt_embeds, encode_prompts(pipeline, [""], cache), guidance_scale
 
@@ -438,13 +449,17 @@ def decode(pipeline, latents, batch_size=8):
     """(B, C, H, W) latents -> (B, 3, height, width) uint8, in slices, because a decoder's activations are large.
 
     A VAE that waits on the CPU is brought to the latents for the time that this takes.
+    Raises FloatingPointError if latents or pixels are not finite: they would be black.
     """
     vae, home, config = pipeline.vae, pipeline.vae.device, pipeline.vae.config
     shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
     vae.to(latents.device)
-    images = []
+    images, finite = [], latents.isfinite().all()
     for part in latents.split(batch_size):
         pixels = vae.decode((part / scale + shift).to(vae.dtype)).sample
+        finite &= pixels.isfinite().all()
         images.append(((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte())
     vae.to(home)
+    if not finite:  # asked once a batch, since the answer waits for the device
+        raise FloatingPointError("the pictures are not finite")
     return torch.cat(images)
