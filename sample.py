@@ -258,6 +258,12 @@ def guided_step(network, latents, timesteps, coefficients, noise, prompt_embeds,
     return ddim_step(output, latents, coefficients, guidance_scale=guidance_scale, noise=noise)
 
 
+def tensors_in(inputs):
+    """The tensors of a list of tensors, dicts of tensors, and None."""
+    flat = [value for entry in inputs for value in (entry.values() if isinstance(entry, dict) else [entry])]
+    return [value for value in flat if value is not None]
+
+
 class GraphedStep:
     """guided_step as one CUDA graph: a launch for the whole network and the step instead of one for each of its operations.
 
@@ -271,10 +277,10 @@ class GraphedStep:
     def __call__(self, network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale,
                  dtype):
         inputs = [latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds]
-        tensors = [value for entry in inputs for value in (entry.values() if isinstance(entry, dict) else [entry])]
-        key = (*(value if value is None else value.shape for value in tensors), guidance_scale, dtype)
+        key = (*(value.shape for value in tensors_in(inputs)), guidance_scale, dtype)
         if key not in self.graphs:
-            fixed = copy.deepcopy(inputs)
+            fixed = [{key: value.clone() for key, value in entry.items()} if isinstance(entry, dict)
+                     else entry if entry is None else entry.clone() for entry in inputs]
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries choose and compile their kernels in the first calls
@@ -284,12 +290,10 @@ class GraphedStep:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 outputs = guided_step(network, *fixed, guidance_scale, dtype)
-            places = [value for entry in fixed for value in (entry.values() if isinstance(entry, dict) else [entry])]
-            self.graphs[key] = graph, places, outputs
+            self.graphs[key] = graph, tensors_in(fixed), outputs
         graph, places, outputs = self.graphs[key]
-        for place, value in zip(places, tensors):
-            if value is not None:
-                place.copy_(value)
+        for place, value in zip(places, tensors_in(inputs), strict=True):
+            place.copy_(value)
         graph.replay()
         return tuple(value.clone() for value in outputs)
 
