@@ -10,7 +10,8 @@
 Runs are shared between experiments, go on where they were interrupted, and are not run again once finished. --jobs 2 runs two at
 a time on half of the cores each, which gets more done than one on all of them; `fewer_steps` compares times, so nothing else
 should run beside it. Left in results/<model>/: logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table (.md),
-its numbers (.json) and pictures. The shipped model's tables are also put into the README, between its markers.
+its numbers (.json) and pictures. The shipped model's tables are also put into results/README.md, and the first into
+README.md, between the markers there.
 
 With another --model there are `rewards` and `algorithms`, without `clip`: the shipped CLIP, which the other experiments need as a
 judge or as a witness, knows icons alone.
@@ -425,12 +426,12 @@ def between(curve, x):
     return curve[-1][1]
 
 
-def insert_table(readme, name, lines):
-    """The README shows the tables of the shipped model between markers, so that none is copied by hand."""
-    if readme.exists():
-        text = readme.read_text()
+def insert_table(page, name, lines):
+    """Put a table between a page's markers, where it has them, so that none is copied by hand."""
+    if page.exists():
+        text = page.read_text()
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        readme.write_text(marked.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], text))
+        page.write_text(marked.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], text))
 
 
 EXPERIMENTS = {"rewards": draw_rewards, "algorithms": draw_algorithms, "generalisation": draw_generalisation,
@@ -470,7 +471,8 @@ def main(arguments=None):
             (results / f"{name}.md").write_text("\n".join(lines) + "\n")
             (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
             if shipped:
-                insert_table(Path("README.md"), name, lines)
+                for page in ("results/README.md", "README.md"):
+                    insert_table(Path(page), name, lines)
             print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
         if not complete:
             print(f"{name}: {len(logs)} of {len(runs)} runs are done; the same command goes on")

@@ -59,9 +59,14 @@ def test_tables_and_curves_are_drawn_from_logs_alone(experiment, tmp_path, monke
     held_out = {f"{run} {name}": {"compress": -2.0 - seed, "clip": 0.5} for reward, sets in reproduce.HELD_OUT.items() for name in sets
                 for seed, run in enumerate(("base", "guided", f"{reward}-0", f"{reward}-1"))}
     (tmp_path / "results/emoji/logs/held_out.json").write_text(json.dumps(held_out))
+    for page in ("results/README.md", "README.md"):
+        (tmp_path / page).write_text(f"before\n<!-- {experiment} -->\nold\n<!-- /{experiment} -->\nafter\n")
     reproduce.main([experiment, "--draw", "--seeds", "2"])
     assert (tmp_path / f"results/emoji/{experiment}.png").stat().st_size > 0
     table = (tmp_path / f"results/emoji/{experiment}.md").read_text().splitlines()
+    shown = ["before", f"<!-- {experiment} -->", *table, f"<!-- /{experiment} -->", "after"]
+    for page in ("results/README.md", "README.md"):
+        assert (tmp_path / page).read_text().splitlines() == shown
     assert len(table) > 2 and len({row.count("|") for row in table}) == 1
     assert json.loads((tmp_path / f"results/emoji/{experiment}.json").read_text())
 
