@@ -10,8 +10,8 @@
 Runs are shared between experiments, go on where they were interrupted, and are not run again once finished. --jobs 2 runs two at
 a time on half of the cores each, which gets more done than one on all of them; `fewer_steps` compares times, so nothing else
 should run beside it. Left in results/<model>/: logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table (.md),
-its numbers (.json) and pictures. The shipped model's tables are also put into results/README.md, and the first into
-README.md, between the markers there.
+its numbers (.json) and pictures. The shipped model's tables are also put into results/README.md, between its markers, and a
+summary of the first into README.md.
 
 With another --model there are `rewards` and `algorithms`, without `clip`: the shipped CLIP, which the other experiments need as a
 judge or as a witness, knows icons alone.
@@ -426,6 +426,20 @@ def between(curve, x):
     return curve[-1][1]
 
 
+def headline(numbers):
+    """README.md's table: the mean of the seeds of each reward ± half its 95 % interval, from draw_rewards' numbers."""
+    lines = ["| reward | before | after | change | top-1 |", "| --- | --- | --- | --- | --- |"]
+    for reward in dict.fromkeys(name.split("-")[0] for name in numbers):
+        runs = [run for name, run in numbers.items() if name.startswith(f"{reward}-")]
+        before = abs(runs[0]["first"]["eval_reward"])
+        after, half = interval(abs(run["kept"]["eval_reward"]) for run in runs)
+        top1, its_half = interval(run["kept"]["eval_clip_top1"] for run in runs)
+        what = f"`{reward}` (CLIP cosine)" if reward == "clip" else f"`{reward}` (kB)"
+        lines.append(f"| {what} | {before:.2f} | {after:.2f} ± {half:.2f} | {after / before - 1:+.0%} | "
+                     f"{runs[0]['first']['eval_clip_top1']:.2f} → {top1:.2f} ± {its_half:.2f} |")
+    return lines
+
+
 def insert_table(page, name, lines):
     """Put a table between a page's markers, where it has them, so that none is copied by hand."""
     if page.exists():
@@ -471,8 +485,9 @@ def main(arguments=None):
             (results / f"{name}.md").write_text("\n".join(lines) + "\n")
             (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
             if shipped:
-                for page in ("results/README.md", "README.md"):
-                    insert_table(Path(page), name, lines)
+                insert_table(Path("results/README.md"), name, lines)
+                if name == "rewards":
+                    insert_table(Path("README.md"), "headline", headline(numbers))
             print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
         if not complete:
             print(f"{name}: {len(logs)} of {len(runs)} runs are done; the same command goes on")

@@ -59,16 +59,22 @@ def test_tables_and_curves_are_drawn_from_logs_alone(experiment, tmp_path, monke
     held_out = {f"{run} {name}": {"compress": -2.0 - seed, "clip": 0.5} for reward, sets in reproduce.HELD_OUT.items() for name in sets
                 for seed, run in enumerate(("base", "guided", f"{reward}-0", f"{reward}-1"))}
     (tmp_path / "results/emoji/logs/held_out.json").write_text(json.dumps(held_out))
-    for page in ("results/README.md", "README.md"):
-        (tmp_path / page).write_text(f"before\n<!-- {experiment} -->\nold\n<!-- /{experiment} -->\nafter\n")
+    (tmp_path / "results/README.md").write_text(f"before\n<!-- {experiment} -->\nold\n<!-- /{experiment} -->\nafter\n")
     reproduce.main([experiment, "--draw", "--seeds", "2"])
     assert (tmp_path / f"results/emoji/{experiment}.png").stat().st_size > 0
     table = (tmp_path / f"results/emoji/{experiment}.md").read_text().splitlines()
-    shown = ["before", f"<!-- {experiment} -->", *table, f"<!-- /{experiment} -->", "after"]
-    for page in ("results/README.md", "README.md"):
-        assert (tmp_path / page).read_text().splitlines() == shown
     assert len(table) > 2 and len({row.count("|") for row in table}) == 1
+    shown = (tmp_path / "results/README.md").read_text().splitlines()
+    assert shown == ["before", f"<!-- {experiment} -->", *table, f"<!-- /{experiment} -->", "after"]
     assert json.loads((tmp_path / f"results/emoji/{experiment}.json").read_text())
+
+
+def test_the_headline_is_the_mean_of_the_seeds():
+    look = lambda reward, top1: {"eval_reward": reward, "eval_clip_top1": top1}
+    numbers = {f"compress-{seed}": {"first": look(-2.0, 1.0), "kept": look(-size, 0.8)} for seed, size in enumerate((1.0, 2.0))}
+    *_, row = reproduce.headline(numbers)
+    half = 12.71 * math.sqrt(0.5) / math.sqrt(2)  # Student's t with one degree of freedom
+    assert row == f"| `compress` (kB) | 2.00 | 1.50 ± {half:.2f} | -25% | 1.00 → 0.80 ± 0.00 |"
 
 
 @pytest.mark.parametrize("experiment", ["rewards", "algorithms"])
