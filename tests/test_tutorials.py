@@ -7,6 +7,7 @@
 import contextlib
 import io
 import re
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Stale(Exception):
 
 
 def run(path):
-    """Run a tutorial's code, and check what it prints and quotes. Returns the namespace. Raises Stale at the first fault."""
+    """Run a tutorial's code, and check what it prints. Returns the namespace. Raises Stale at the first fault."""
     text, namespace = path.read_text(encoding="utf-8"), {"__name__": "tutorial"}
     printed, ended = None, 0  # of the python block before, and where it ended
     for fence in FENCE.finditer(text):
@@ -44,14 +45,24 @@ def run(path):
             if tidy(printed) != tidy(code):
                 raise Stale(f"{path.name}:{above + 1}: the block above prints\n{printed}not\n{code}")
             printed = None
-        elif language == "py":
-            first, _, excerpt = code.partition("\n")
-            source = first.removeprefix("# from ").strip()
-            if not (first.startswith("# from ") and (ROOT / source).is_file()):
-                raise Stale(f"{path.name}:{above + 1}: {first!r}: must be '# from FILE', a file of this repository")
-            if "\n" + excerpt not in "\n" + (ROOT / source).read_text(encoding="utf-8"):
-                raise Stale(f"{path.name}:{above + 2}: this excerpt is not, or no longer, in {source}")
     return namespace
+
+
+def excerpts(path):
+    """Check that each ```py block stands in the file that it names, line for line, at whatever indentation."""
+    text = path.read_text(encoding="utf-8")
+    for fence in FENCE.finditer(text):
+        language, code = fence.groups()
+        above = text.count("\n", 0, fence.start(2))
+        if language != "py":
+            continue
+        first, _, excerpt = code.partition("\n")
+        source = first.removeprefix("# from ").strip()
+        if not (first.startswith("# from ") and (ROOT / source).is_file()):
+            raise Stale(f"{path.name}:{above + 1}: {first!r}: must be '# from FILE', a file of this repository")
+        whole = "\n" + (ROOT / source).read_text(encoding="utf-8")
+        if not any("\n" + textwrap.indent(excerpt, depth * "    ") in whole for depth in range(6)):
+            raise Stale(f"{path.name}:{above + 2}: this excerpt is not, or no longer, in {source}")
 
 
 def check_links(path):
@@ -73,6 +84,7 @@ def test_a_tutorial_is_true(path, monkeypatch):
         pytest.skip("triton is not installed")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(kernels, "BACKEND", kernels.BACKEND)  # a tutorial may choose another
+    excerpts(path)
     run(path)
 
 
@@ -93,6 +105,7 @@ def test_a_tutorial_without_a_fault_passes_and_returns_its_names(tmp_path):
     path = tutorial(tmp_path, "# T\n\n```python\nx = 1\n```\n\nThen\n\n```python\nprint(x + 1)\n```\n\n```text\n2\n```\n\n"
                                    "```py\n# from ddpo.py\ndef sf_loss(log_prob, advantages):\n```\n[it](1_made_up.md#t)\n")
     check_links(path)
+    excerpts(path)
     assert run(path)["x"] == 1
 
 
@@ -111,6 +124,7 @@ def test_a_fault_is_named_with_its_file_and_line(tmp_path, text, message):
     with pytest.raises(Stale, match="1_made_up.md" + message):
         path = tutorial(tmp_path, text)
         run(path)
+        excerpts(path)
         check_links(path)
 
 
