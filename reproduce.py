@@ -14,7 +14,8 @@ two at a time on half of the cores each, which gets more done than one on all of
 
 results/<model>/ holds logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table
 (.md), its numbers (.json) and pictures. A table shows every seed that has logs. The tables of the
-shipped model are also put into results/README.md, between its markers.
+shipped model are also put into results/README.md, between its markers, and a summary of the
+first into README.md.
 
 With another --model there are `rewards` and `algorithms`, without `clip`: the shipped CLIP, which
 the other experiments use as a judge or as a watched metric, knows icons alone.
@@ -220,6 +221,8 @@ def main(arguments=None):
         print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
         if shipped:
             insert_table(Path("results/README.md"), name, lines)
+        if shipped and name == "rewards":
+            insert_table(Path("README.md"), "headline", reproduce_figures.headline(numbers))
 
 
 if __name__ == "__main__":

@@ -121,6 +121,17 @@ def test_the_committed_tables_follow_from_the_committed_logs(experiment, reposit
     assert (repository / "results/emoji" / f"{experiment}.json").read_text() == numbers
 
 
+def test_the_headline_is_the_mean_of_the_seeds():
+    def row(reward, top1):
+        return {"eval_reward": reward, "eval_clip_top1": top1}
+
+    numbers = {f"compress-{seed}": {"first": row(-2.0, 1.0), "kept": row(-size, 0.8)}
+               for seed, size in enumerate((1.0, 2.0))}
+    *_, line = reproduce_figures.headline(numbers)
+    half = 12.71 * math.sqrt(0.5) / math.sqrt(2)  # Student's t with one degree of freedom
+    assert line == f"| `compress` (kB) | 2.00 | 1.50 ± {half:.2f} | -25% | 1.00 → 0.80 ± 0.00 |"
+
+
 @pytest.mark.parametrize("experiment", reproduce.FOR_OTHER_MODELS)
 def test_another_models_tables_do_without_the_shipped_clip(experiment, repository, capsys):
     for i, name in enumerate(plan(experiment, 2)):
