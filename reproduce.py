@@ -14,8 +14,8 @@ two at a time on half of the cores each, which gets more done than one on all of
 
 results/<model>/ holds logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table
 (.md), its numbers (.json) and pictures. A table shows every seed that has logs. The tables of the
-shipped model are also put into results/README.md, between its markers, and a summary of the first
-into README.md.
+shipped model are also put into results/README.md, between its markers, and a summary of the
+first into README.md.
 
 With another --model there are `rewards` and `algorithms`, without `clip`: the shipped CLIP, which
 the other experiments use as a judge or as a watched metric, knows icons alone.

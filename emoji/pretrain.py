@@ -2,9 +2,10 @@
 
     python emoji/pretrain.py                       everything, about two hours on two cores
     python emoji/pretrain.py --unet-steps 30000    longer, where there is a GPU
+    python emoji/pretrain.py --only flow           the last stage alone, from the model in --out
 
-Six stages. An interrupted one goes on where it stopped (runs/pretrain/*.pt), a finished one is not
-trained again. Sheets of pictures there show the progress:
+Seven stages. An interrupted one goes on where it stopped (runs/pretrain/*.pt), a finished one is
+not trained again. Sheets of pictures there show the progress:
 
     clip     text and image encoder, contrastive (Radford et al. 2021): the pipeline's text encoder
              and a reward
@@ -16,6 +17,8 @@ trained again. Sheets of pictures there show the progress:
     decoder  the decoder of the VAE is trained further; the latents, which the UNet was trained on,
              stay
     export   all of it as a diffusers folder, in fp16 (the text encoder in fp32)
+    flow     the UNet once more, as a flow-matching model: it learns from the first one, and is
+             exported to models/emoji-flow
 """
 
 import argparse
@@ -29,7 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -81,6 +85,14 @@ class Config:
     decoder_steps: int = 2000  # updates
     decoder_batch: int = 16  # pictures an update
     decoder_lr: float = 1e-3  # peak learning rate
+    # stage flow
+    flow_out: str = "models/emoji-flow"  # folder of its exported model
+    flow_steps: int = 3000  # updates
+    flow_batch: int = 32  # pictures an update
+    flow_lr: float = 8e-4  # peak learning rate
+    flow_scenes: int = 8192  # different pictures; few are enough, since the target is the teacher's
+    flow_ema: float = 0.995  # decay of its averaged weights
+    only: str = ""  # flow: that stage alone, from the model in --out
 
 
 def check(config):
@@ -95,16 +107,22 @@ def check(config):
             refuse(field.name, "must be at least 1 and below 2**31")
         if field.name.endswith("_lr") and not 0 < value < 1:
             refuse(field.name, "must be above 0 and below 1")
-        if field.type is str and not value:
-            refuse(field.name, "is empty; give a folder")
-        if field.type is str and any(map(Path.is_file, (Path(value), *Path(value).parents))):
-            refuse(field.name, "is a file, or in one; give a folder")
+    for setting in ("out", "work", "flow_out"):
+        path = Path(getattr(config, setting))
+        if path == Path() or any(map(Path.is_file, (path, *path.parents))):
+            refuse(setting, "must be a folder, and neither a file nor in one")
     if not 0 <= config.seed < 2**32:
         refuse("seed", "must be at least 0 and below 2**32")
     if not 0 <= config.caption_dropout <= 1:
         refuse("caption_dropout", "must be 0 to 1")
-    if not 0 <= config.ema < 1:
-        refuse("ema", "must be at least 0 and below 1")
+    for setting in ("ema", "flow_ema"):
+        if not 0 <= getattr(config, setting) < 1:
+            refuse(setting, "must be at least 0 and below 1")
+    if config.only not in ("", "flow"):
+        refuse("only", "only the stage flow can run alone")
+    folders = Path(config.out), ROOT / config.out
+    if config.only and not any((folder / "model_index.json").exists() for folder in folders):
+        refuse("out", "has no model for the stage flow; leave out --only, which makes it")
     return config
 
 
@@ -174,7 +192,7 @@ def train(name, config, model, loss_fn, evaluate=None):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(config.ema, (1 + step) / (10 + step))
+        decay = min(getattr(config, f"{name}_ema", config.ema), (1 + step) / (10 + step))
         with torch.no_grad():
             for key, value in model.state_dict().items():
                 if value.is_floating_point():
@@ -425,6 +443,27 @@ def build_pipeline(tokenizer, clip, vae, unet):
     return pipeline
 
 
+@torch.no_grad()
+def encode_pictures(vae, pictures):
+    """(N, 4, 16, 16) latents of pictures, (N, 64, 64, 3) uint8."""
+    with autocast():
+        return torch.cat([
+            vae.encode(to_pixels(pictures[i:i + 256])).latents.float()
+            for i in tqdm(range(0, len(pictures), 256), desc="latents")
+        ])
+
+
+@torch.no_grad()
+def encode_captions(text_encoder, tokenizer, captions):
+    """(embeddings of the different captions and of the empty one, each caption's row in them, the
+    row of the empty one)."""
+    vocabulary = sorted(set(captions)) + [""]
+    index = {caption: row for row, caption in enumerate(vocabulary)}
+    ids = tokenize(tokenizer, vocabulary).to(device())
+    embeds = torch.cat([text_encoder(batch).last_hidden_state for batch in ids.split(512)])
+    return embeds, torch.tensor([index[caption] for caption in captions]), index[""]
+
+
 def train_unet(config, tokenizer, clip, vae):
     unet = build_unet()
     if finished("unet", config, unet):
@@ -432,23 +471,14 @@ def train_unet(config, tokenizer, clip, vae):
     pipeline = build_pipeline(tokenizer, clip, vae, unet)
     alpha_bar = pipeline.scheduler.alphas_cumprod.to(device())
     pictures, captions = scenes.draw_scenes(config.unet_scenes, config.seed + 30)
-    with torch.no_grad(), autocast():
-        latents = torch.cat([
-            vae.encode(to_pixels(pictures[i:i + 256])).latents.float()
-            for i in tqdm(range(0, len(pictures), 256), desc="latents")
-        ])
-    vocabulary = sorted(set(captions)) + [""]
-    index = {caption: row for row, caption in enumerate(vocabulary)}
-    rows_of = torch.tensor([index[caption] for caption in captions])
-    ids = tokenize(tokenizer, vocabulary).to(device())
-    with torch.no_grad():
-        embeds = [pipeline.text_encoder(batch).last_hidden_state for batch in ids.split(512)]
-    embeds, batch = torch.cat(embeds), config.unet_batch
+    latents = encode_pictures(vae, pictures)
+    embeds, rows_of, empty = encode_captions(pipeline.text_encoder, tokenizer, captions)
+    batch = config.unet_batch
 
     def loss_fn(model):
         rows = torch.randint(len(latents), (batch,))
         left_out = torch.rand(batch) < config.caption_dropout
-        texts = torch.where(left_out, index[""], rows_of[rows])
+        texts = torch.where(left_out, empty, rows_of[rows])
         # stratified timesteps: the same uniform law, less variance
         timesteps = ((torch.arange(batch) + torch.rand(batch)) * 1000 / batch).long()
         timesteps, clean = timesteps.to(device()), latents[rows]
@@ -481,6 +511,125 @@ def train_unet(config, tokenizer, clip, vae):
         return f"zero-shot top-1 on generated animals {right.float().mean():.3f}"
 
     return train("unet", config, unet, loss_fn, evaluate)
+
+
+# As in SD3, where it is 3: more of the steps are where a picture's content is decided.
+FLOW_SHIFT = 2.0
+
+
+def flow_scheduler():
+    """With init_noise_sigma, by which StableDiffusionPipeline multiplies its first noise: the class
+    has it only if it is in its config."""
+    config = FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT).config
+    return FlowMatchEulerDiscreteScheduler.from_config(dict(config) | {"init_noise_sigma": 1.0})
+
+
+def time_of_flow(alpha_bar, t):
+    """The timesteps (fractions too) at which the noise schedule alpha_bar has the signal-to-noise of flow time t.
+
+    x = (1 − t) x_0 + t ε and x = sqrt(ᾱ) x_0 + sqrt(1 − ᾱ) ε are the same but for a factor where
+    t / (1 − t) = sqrt((1 − ᾱ)/ᾱ). Times beyond the schedule's ends get its ends.
+    """
+    schedule = ((1 - alpha_bar) / alpha_bar).log().double() / 2  # rises with the timestep
+    level = torch.logit(t.double()).clamp(schedule[0], schedule[-1])
+    right = torch.searchsorted(schedule, level).clamp(1, len(schedule) - 1)
+    share = (level - schedule[right - 1]) / (schedule[right] - schedule[right - 1])
+    return (right - 1 + share).float(), level.sigmoid().float()
+
+
+def match_time_embedding(student, teacher, alpha_bar, steps=1500):
+    """Train the two small layers behind the student's time input, so that at the same
+    signal-to-noise they give the teacher's time embedding."""
+    student.time_embedding.requires_grad_(True)
+    optimizer = torch.optim.Adam(student.time_embedding.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        t = torch.rand(512, device=alpha_bar.device) * 0.98 + 0.02
+        target = teacher.time_embedding(teacher.time_proj(time_of_flow(alpha_bar, t)[0]))
+        loss = (student.time_embedding(student.time_proj(1000 * t)) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    size = target.square().mean().item()
+    print(f"time embedding: mean square error {loss.item():.2e} of {size:.2e}")
+
+
+def train_flow(config):
+    """Stage "flow": a UNet that predicts the velocity ε − x_0 on the path x = (1 − t) x_0 + t ε.
+
+    It starts from the weights of the exported model, its teacher: the teacher's x̂_0 at the same
+    signal-to-noise gives a target without noise, (x − x̂_0) / t. This is done with and without a
+    caption, so that guidance works as well.
+    """
+    pipeline = load_pipeline(config.out)
+    teacher, vae = pipeline.unet, pipeline.vae
+    alpha_bar = pipeline.scheduler.alphas_cumprod.to(device())
+    student = build_unet()
+    student.load_state_dict(teacher.state_dict())
+    if finished("flow", config, student):
+        return pipeline, student
+    student.to(device())
+    if not (Path(config.work) / "flow.pt").exists():
+        match_time_embedding(student, teacher, alpha_bar)
+    pictures, captions = scenes.draw_scenes(config.flow_scenes, config.seed + 40)
+    latents = encode_pictures(vae, pictures)
+    embeds, rows_of, empty = encode_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
+    batch = config.flow_batch
+
+    def loss_fn(model):
+        rows = torch.randint(len(latents), (batch,))
+        left_out = torch.rand(batch) < 2 * config.caption_dropout
+        texts = torch.where(left_out, empty, rows_of[rows])
+        # Stratified, and shifted as the scheduler shifts its steps. Below 0.03 the teacher was not
+        # trained.
+        t = ((torch.arange(batch) + torch.rand(batch)) / batch).to(device())
+        t = (FLOW_SHIFT * t / (1 + (FLOW_SHIFT - 1) * t)).clamp(0.03, 0.9999)
+        clean = latents[rows]
+        noise = torch.randn_like(clean)
+        # past the end of its schedule the teacher's input has a little less noise
+        timesteps, known = time_of_flow(alpha_bar, t)
+        t, known = t[:, None, None, None], known[:, None, None, None]
+        x = (1 - t) * clean + t * noise
+        norm = (known.square() + (1 - known).square()).sqrt()
+        x_teacher = ((1 - known) * clean + known * noise) / norm
+        with autocast():
+            with torch.no_grad():
+                noise_pred = teacher(x_teacher, timesteps, embeds[texts]).sample.float()
+            output = model(x, 1000 * t.flatten(), embeds[texts]).sample.float()
+        target = (x - (norm * x_teacher - known * noise_pred) / (1 - known)) / t
+        return (output - target).square().mean()
+
+    nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
+
+    def evaluate(model):
+        pipeline.unet, pipeline.scheduler = model, flow_scheduler()
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(nouns), 4, 16, 16, generator=generator).to(device())
+        with autocast():
+            images = pipeline(
+                nouns, num_inference_steps=10, guidance_scale=4.0, output_type="pt", latents=noise
+            ).images
+        save_sheet(images[:96] * 2 - 1, Path(config.work) / "flow.png")
+        images = (images.float() * 255).round().byte()
+        right = clip_top1(images, nouns, nouns, model=str(Path(config.out) / "clip"))
+        return f"zero-shot top-1 on generated nouns {right.float().mean():.3f}"
+
+    return pipeline, train("flow", config, student, loss_fn, evaluate)
+
+
+def export_flow(config, pipeline, unet):
+    """The same pipeline with the other UNet and the flow scheduler. What it shares with its teacher
+    is copied as it is."""
+    for part in ("text_encoder", "tokenizer", "vae"):
+        shutil.copytree(Path(config.out) / part, Path(config.flow_out) / part, dirs_exist_ok=True)
+    unet.set_default_attn_processor()
+    unet.to(torch.float16).save_pretrained(Path(config.flow_out) / "unet", safe_serialization=True)
+    flow_scheduler().save_pretrained(Path(config.flow_out) / "scheduler")
+    index = json.loads((Path(config.out) / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (Path(config.flow_out) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def export(config, tokenizer, clip, vae, unet):
@@ -563,11 +712,14 @@ def parse_config(arguments=None):
 
 if __name__ == "__main__":
     config = parse_config()
-    tokenizer = build_tokenizer(config)
-    clip = train_clip(config, tokenizer)
-    vae = train_vae(config)
-    unet = train_unet(config, tokenizer, clip, vae)
-    judge = train_clip(config, tokenizer, "judge", clip)
-    decoder = train_vae(config, "decoder", vae)
-    export(config, tokenizer, judge, decoder, unet)
-    print(json.dumps(report(config.out), indent=1))
+    Path(config.work).mkdir(parents=True, exist_ok=True)
+    if not config.only:
+        tokenizer = build_tokenizer(config)
+        clip = train_clip(config, tokenizer)
+        vae = train_vae(config)
+        unet = train_unet(config, tokenizer, clip, vae)
+        judge = train_clip(config, tokenizer, "judge", clip)
+        decoder = train_vae(config, "decoder", vae)
+        export(config, tokenizer, judge, decoder, unet)
+        print(json.dumps(report(config.out), indent=1))
+    export_flow(config, *train_flow(config))
