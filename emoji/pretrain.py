@@ -525,7 +525,8 @@ def flow_scheduler():
 
 
 def time_of_flow(alpha_bar, t):
-    """The timesteps (fractions too) at which the noise schedule alpha_bar has the signal-to-noise of flow time t.
+    """The timesteps (fractions too) at which the noise schedule alpha_bar has the signal-to-noise
+    of flow time t.
 
     x = (1 − t) x_0 + t ε and x = sqrt(ᾱ) x_0 + sqrt(1 − ᾱ) ε are the same but for a factor where
     t / (1 − t) = sqrt((1 − ᾱ)/ᾱ). Times beyond the schedule's ends get its ends.
