@@ -1,5 +1,5 @@
-"""Draws the tutorials' figures from what the tutorials' own code computed: each tutorial is run, then
-its figures are drawn from the names in its namespace.
+"""Draws the tutorials' figures from what the tutorials' own code computed: each tutorial is run,
+then its figures are drawn from the names in its namespace.
 
     python tutorials/figures.py          all
     python tutorials/figures.py 1 3      those of tutorials 1 and 3
@@ -135,8 +135,8 @@ def collect_and_score(n):
             coloured = ["reward" in title or value >= 0 for value in group]
             colours = [colour if is_coloured else GREY for is_coloured in coloured]
             axis.bar(range(5 * i, 5 * i + 4), group, color=colours)
-            below = axis.get_xaxis_transform()
-            axis.text(5 * i + 1.5, -0.04, name, color=colour, ha="center", va="top", transform=below)
+            below = dict(ha="center", va="top", transform=axis.get_xaxis_transform())
+            axis.text(5 * i + 1.5, -0.04, name, color=colour, **below)
         axis.axhline(0, color="black", lw=0.8)
         axis.set(title=title, xticks=[])
         axis.spines["bottom"].set_visible(False)
@@ -214,7 +214,9 @@ def watch_it_hack_the_reward(n):
     axes[0].axvline(n["kept"]["epoch"], color="0.6", ls=":")
     axes[0].text(n["kept"]["epoch"] + 1, -2.9, "the guard\nkeeps this", color="0.35", fontsize=10)
     curves = {
-        "eval_reward": ("proxy", BLUE), "truth": ("truth", ORANGE), "eval_ring": ("on the ring", GREEN)
+        "eval_reward": ("proxy", BLUE),
+        "truth": ("truth", ORANGE),
+        "eval_ring": ("on the ring", GREEN),
     }
     for key, (label, colour) in curves.items():
         axes[0].plot(epochs, [row[key] for row in rows], color=colour, lw=2, label=label)
@@ -267,7 +269,8 @@ def watch_it_hack_the_reward(n):
         axis.plot(size[kept], fall[kept], "*", ms=17, color=colour, mec="black", zorder=5)
     axis.axhline(-config.guard, color="black", lw=1, ls="--")
     axis.text(size[0], -config.guard, "the guard", va="bottom")
-    axis.set(xlabel="JPEG size (kB)", ylabel="CLIP cosine, in standard\ndeviations of the base model's")
+    axis.set(xlabel="JPEG size (kB)",
+             ylabel="CLIP cosine, in standard\ndeviations of the base model's")
     axis.invert_xaxis()
     axis.legend(loc="lower left")
     save("5_guard.png")
