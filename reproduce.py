@@ -66,8 +66,11 @@ def finished(folder, script="ddpo.py"):
     if not (folder / "config.json").exists():
         return False
     rows = read_metrics(folder / "metrics.jsonl")
+    if not rows:
+        return False
     config = settings_of(folder, import_module(Path(script).stem).Config)
-    if not rows or not (rows[-1]["epoch"] == config.epochs or guard(rows, config)[1]):
+    stopped = hasattr(config, "guard") and guard(rows, config)[1]  # control.py has no guard
+    if rows[-1]["epoch"] < config.epochs and not stopped:
         return False
     return (folder / "checkpoint" / f"epoch_{rows[-1]['epoch']:06d}.pt").exists()
 

@@ -79,6 +79,14 @@ def fake_run(folder, seed, sizes=(2.5, 2.2, 2.0), cosines=(0.66, 0.65, 0.3), **s
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
+@pytest.fixture(autouse=True)
+def handler_of_this_process():
+    """`reproduce.main` sets its own, for the process that it is."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """An empty folder in the place of this one."""
@@ -195,7 +203,7 @@ def test_where_weights_are_pictures_and_measurements_are_taken_of_them(tmp_path)
 SLEEPER = """
 import os, pathlib, time
 pathlib.Path("pid").write_text(str(os.getpid()))
-time.sleep(60)
+time.sleep(600)
 """
 WITH_ONE_SLEEPING_RUN = """
 import pathlib, reproduce
@@ -215,13 +223,13 @@ def test_no_run_outlives_the_command_that_started_it(tmp_path, killed_by):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", WITH_ONE_SLEEPING_RUN], cwd=tmp_path,
                                env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
+    deadline = time.time() + 300  # on a busy machine its imports take long
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     run = int((tmp_path / "pid").read_text())
     process.send_signal(killed_by)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=100)
     if killed_by == signal.SIGTERM:
         assert errors.splitlines()[-1] == "stopped; the same command goes on"
     while is_alive(run):
