@@ -39,7 +39,7 @@ from tqdm import tqdm
 import experiments
 import reproduce_figures
 from evaluate import guard
-from reproduce_figures import settings_of
+from reproduce_figures import headline, settings_of
 from run_folder import read_metrics
 from sample import is_emoji
 
@@ -225,7 +225,7 @@ def main(arguments=None):
         if shipped:
             insert_table(Path("results/README.md"), name, lines)
         if shipped and name == "rewards":
-            insert_table(Path("README.md"), "headline", reproduce_figures.headline(numbers))
+            insert_table(Path("README.md"), "headline", headline(numbers))
 
 
 if __name__ == "__main__":
