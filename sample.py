@@ -203,6 +203,13 @@ def ddim_step(output, latents, coefficients, next_latents=None, generator=None, 
     return next_latents, torch.where(coefficients[..., 2] > 0, log_prob, 0.0)
 
 
+def training_timesteps(scheduler):
+    """(N,) all timesteps that the network was trained on: whole numbers, or a flow model's shifted ones."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        return torch.arange(scheduler.config.num_train_timesteps)
+    return scheduler.timesteps.cpu()  # as it was made; set_timesteps is only called on copies of it
+
+
 def signal_and_noise(scheduler, timesteps):
     """(α, s), each (B, 1, 1, 1), of x_t = α x_0 + s ε: √ᾱ and √(1−ᾱ), or 1 − t and t of flow models."""
     if hasattr(scheduler, "alphas_cumprod"):

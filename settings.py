@@ -113,6 +113,11 @@ def refuse(config, setting, advice):
     raise ValueError(f"--{setting.replace('_', '-')} {getattr(config, setting)}: {advice}")
 
 
+def trained_guidance(config):
+    """The guidance scale of the prediction that is trained, or None for the conditional one alone."""
+    return config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
+
+
 def watched(config):
     """The watched metrics: the rewards of --watch that are not trained on."""
     names = dict.fromkeys(name.strip() for name in config.watch.split(","))
@@ -130,17 +135,13 @@ def check(config):
     for name, weight in parse_reward(config.reward).items():
         if abs(weight) > 1e6:
             refuse(config, "reward", f"the weight of {name} must be at most 1e6")
-    for setting in ("epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs", "train_batch",
-                    "patience", "eval_every", "eval_images", "checkpoint_every"):
-        if getattr(config, setting) < 1:
-            refuse(config, setting, "must be at least 1")
+    at_least(config, 1, "epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs",
+             "train_batch", "patience", "eval_every", "eval_images", "checkpoint_every")
+    at_least(config, 0, "updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard",
+             "guidance_scale")
+    above_zero(config, "grad_clip")
     if config.seed >= 2**63:
         refuse(config, "seed", "must be below 2**63")
-    for setting in ("updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard", "guidance_scale"):
-        if getattr(config, setting) < 0:
-            refuse(config, setting, "must not be negative")
-    if config.grad_clip <= 0:
-        refuse(config, "grad_clip", "must be above 0")
     check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"),
                   optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"))
     if not 0 <= config.ema < 1:
@@ -176,6 +177,19 @@ def check(config):
         if parse_reward(name) != {name: 1.0}:
             refuse(config, "watch", f"a watched metric has no weight; write {name.rpartition(':')[0]}")
     return config
+
+
+def at_least(config, bound, *settings):
+    for setting in settings:
+        if not getattr(config, setting) >= bound:
+            refuse(config, setting, f"must be at least {bound}" if bound else "must not be negative")
+
+
+def above_zero(config, *settings, at_most=math.inf):
+    for setting in settings:
+        if not 0 < getattr(config, setting) <= at_most:
+            bound = "" if at_most == math.inf else f" and at most {at_most}"
+            refuse(config, setting, f"must be above 0{bound}")
 
 
 def check_choices(config, **choices):
