@@ -105,7 +105,8 @@ def test_a_component_that_is_the_same_for_all_images_adds_nothing_to_a_mixture(i
 @pytest.mark.parametrize("result", [
     "[1, 2, 3, 4]", "(1.0, 2.0, 3.0, 4.0)", "range(1, 5)", "np.arange(1, 5)",
     "np.arange(4, 0, -1)[::-1]", "np.arange(1, 5, dtype=np.float16)",
-    "np.arange(1, 5, dtype='>f4')", "np.arange(1, 5, dtype=np.longdouble)", "np.arange(1, 5, dtype=np.uint16)",
+    "np.arange(1, 5, dtype='>f4')", "np.arange(1, 5, dtype=np.longdouble)",
+    "np.arange(1, 5, dtype=np.uint16)",
     "[np.float16(i) for i in range(1, 5)]", "[np.float64(i) for i in range(1, 5)]",
     "torch.arange(1, 5.0, dtype=torch.float64)", "torch.arange(1, 5, dtype=torch.bfloat16)",
     "torch.arange(1, 5, dtype=torch.uint8)", "[torch.tensor(float(i)) for i in range(1, 5)]",
@@ -444,7 +445,7 @@ def test_a_run_ends_with_a_failing_code_and_the_message_of_a_reward_that_exits(m
                    "    if len(calls) > 1: sys.exit(0)\n    return [1.0] * len(images)")
     settings = dict(reward=f"{path}:mine", out=str(tmp_path), name="run", watch="", device="cpu",
                     images=4, group_size=2, sample_batch=4, train_batch=4, updates=1, steps=2,
-                    epochs=1, eval_images=2)
+                    epochs=1, eval_images=2, dtype="fp32")
     flags = [text for key, value in settings.items()
              for text in ("--" + key.replace("_", "-"), str(value))]
     with pytest.raises(SystemExit, match="my_file.py:mine: raised SystemExit: 0") as end:
