@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from prompts import load_prompts, sample_prompts, set_names
+from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics,
                         release, reserved, row_line, save_checkpoint, save_picture, save_weights, sync,
@@ -198,6 +198,9 @@ def set_up(config, folder, resume, reference):
         load_prompts(name)
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)  # what is trained is float32
+    notice = cut_notice(pipeline.tokenizer, prompts)
+    if notice and rank == 0:
+        print(notice, file=sys.stderr)
     unet = pipeline.unet
     eta = step_etas(config.steps, config.eta, config.window)
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
@@ -465,12 +468,14 @@ def reference_output(run, *inputs):
         return output
 
 
-def describe(run, updates, pairs, kind):
-    """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update."""
+def describe(run, updates, pairs, kind, teachers=0):
+    """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update;
+    teachers: networks that run on each pair without gradient, such as the base model of --kl."""
     config = run.config
     passes = 2 if config.guidance_scale > 1 else 1
     forward = config.images * config.steps * passes
     backward = updates * pairs * (passes if config.train_guidance else 1)
+    forward += teachers * backward
     at_once = min(config.train_batch, pairs // run.world)
     trained = sum(p.numel() for p in run.parameters) / 1e6
     return (f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, "
@@ -501,15 +506,20 @@ def apply_gradients(run):
 
 
 @contextlib.contextmanager
-def averaged(run):
-    """Inside, the UNet has its averaged weights (--ema), which are those that are looked at and kept."""
-    present = [p.detach().clone() for p in run.parameters] if run.ema else []
+def using(parameters, values):
+    """Inside, the parameters have these values."""
+    present = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        for p, average in zip(run.parameters, run.ema or []):
-            p.copy_(average)
-        yield
-        for p, value in zip(run.parameters, present):
+        for p, value in zip(parameters, values):
             p.copy_(value)
+        yield
+        for p, value in zip(parameters, present):
+            p.copy_(value)
+
+
+def averaged(run):
+    """Inside, the UNet has its averaged weights (--ema), which are those that are evaluated and saved."""
+    return using(run.parameters, run.ema or run.parameters)
 
 
 def log(run, row):
