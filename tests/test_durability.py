@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import ddpo
+import experiments
 import reproduce
 import rwr
 import sample
@@ -31,8 +32,8 @@ from stable_diffusion import save_pipeline
 from test_reproduce import fake_run
 
 ROOT = Path(__file__).parents[1]
-SMALL = dict(images=4, sample_batch=2, train_batch=4, steps=2, group_size=2, eval_images=2, updates=2, epochs=2, warmup=0,
-             watch="", lora_rank=2, device="cpu", dtype="fp32", lr=1e-3)
+SMALL = dict(images=4, sample_batch=2, train_batch=4, steps=2, group_size=2, eval_images=2, updates=2,
+             epochs=2, warmup=0, watch="", lora_rank=2, device="cpu", dtype="fp32", lr=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,12 @@ def refusal(capsys, arguments, loop=ddpo):
 
 
 def numbers(folder):
-    return [{key: value for key, value in row.items() if "second" not in key} for row in read_metrics(folder / "metrics.jsonl")]
+    return [{key: value for key, value in row.items() if "second" not in key}
+            for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def flags(**settings):
+    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
 def assert_same(folder, other):
@@ -78,13 +84,14 @@ def assert_same(folder, other):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # a power cut
 
 @pytest.mark.parametrize("lora_rank", [2, 0])
-def test_bytes_are_on_the_disk_before_a_name_points_to_them_and_the_name_before_the_next_step(model, tmp_path, monkeypatch, lora_rank):
+def test_bytes_are_on_the_disk_before_their_name_is_and_the_log_before_the_checkpoint(
+        model, tmp_path, monkeypatch, lora_rank):
     events, fsync, rename = [], os.fsync, os.replace
 
     def logged_fsync(descriptor):
@@ -92,23 +99,24 @@ def test_bytes_are_on_the_disk_before_a_name_points_to_them_and_the_name_before_
         events.append(("fsync", os.fstat(descriptor).st_ino))
 
     def logged_rename(source, target):
-        events.append(("rename", os.stat(source).st_ino, os.stat(Path(target).parent).st_ino, Path(target)))
+        target = Path(target)
+        events.append(("rename", os.stat(source).st_ino, target.parent.stat().st_ino, target))
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(os, "replace", logged_rename)
-    folder = ddpo.train(Config(model=model, out=str(tmp_path), name="run", **SMALL | dict(epochs=1, lora_rank=lora_rank)))
+    settings = SMALL | dict(epochs=1, lora_rank=lora_rank)
+    folder = ddpo.train(Config(model=model, out=str(tmp_path), name="run", **settings))
     renames = [i for i, event in enumerate(events) if event[0] == "rename"]
     for before, i in zip([0, *renames], renames):
         _, file, parent, target = events[i]
         assert ("fsync", file) in events[before:i], f"{target}: renamed before it was on the disk"
         assert ("fsync", parent) in events[i:], f"{target}: its new name was not on the disk"
     written = {event[3] for event in events if event[0] == "rename"}
-    assert {path for path in folder.rglob("*") if path.is_file()} == written  # nothing is written in another way
+    assert {path for path in folder.rglob("*") if path.is_file()} == written  # there is no other way
     order = [event[3].name for event in events if event[0] == "rename"]
     assert order[0] == "config.json" and order[-1] == "epoch_000001.pt"
-    checkpoint = renames[-1]
-    assert ("fsync", (folder / "metrics.jsonl").stat().st_ino) in events[:checkpoint]  # the log is not behind it
+    assert ("fsync", (folder / "metrics.jsonl").stat().st_ino) in events[:renames[-1]]
 
 
 def torn_row(folder):
@@ -116,30 +124,35 @@ def torn_row(folder):
         file.write('{"epoch": 3, "images"')
 
 
-@pytest.mark.parametrize("damage", [
-    lambda folder: (folder / "config.json").write_bytes(b""),
-    lambda folder: (folder / "config.json").write_bytes(b"\0" * 100),
-    lambda folder: (folder / "config.json").unlink(),
-    lambda folder: (folder / "progress/000000.png").write_bytes(b""),
-    lambda folder: (folder / "progress/000001.png").write_bytes(b"\x89PNG\r\n\x1a\n" + random.Random(0).randbytes(500)),
-    lambda folder: (folder / "progress/notes.png").write_bytes(b"mine"),
-    lambda folder: (folder / "progress.png").write_bytes(b""),
-    torn_row,
-], ids=["empty config", "config of NULs", "no config", "empty picture", "garbage picture", "foreign picture", "empty sheet", "torn row"])
+DAMAGES = {
+    "empty config": lambda folder: (folder / "config.json").write_bytes(b""),
+    "config of NULs": lambda folder: (folder / "config.json").write_bytes(b"\0" * 100),
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "empty picture": lambda folder: (folder / "progress/000000.png").write_bytes(b""),
+    "garbage picture": lambda folder: (folder / "progress/000001.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + random.Random(0).randbytes(500)),
+    "foreign picture": lambda folder: (folder / "progress/notes.png").write_bytes(b"mine"),
+    "empty sheet": lambda folder: (folder / "progress.png").write_bytes(b""),
+    "torn row": torn_row,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_run_goes_on_from_what_a_power_cut_leaves(run, longer, tmp_path, capsys, damage):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     damage(folder)
     assert_same(resumed(folder), longer)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4  # a row an epoch
     assert json.loads((folder / "config.json").read_text())["epochs"] == 3
-    assert len(capsys.readouterr().err.splitlines()) < 10 and Image.open(folder / "progress.png").verify() is None
+    Image.open(folder / "progress.png").verify()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_folder_with_an_empty_config_and_nothing_else_says_what_to_do(tmp_path, capsys):
     (tmp_path / "young").mkdir()
     (tmp_path / "young/config.json").touch()
     assert "delete the folder" in refusal(capsys, ["--resume", str(tmp_path / "young")])
-    assert "delete" in refusal(capsys, ["--out", str(tmp_path), "--name", "young"])
+    assert "exists already" in refusal(capsys, ["--out", str(tmp_path), "--name", "young", "--device", "cpu"])
 
 
 def test_a_log_is_never_shortened(run, longer, tmp_path, monkeypatch):
@@ -158,7 +171,8 @@ def test_a_log_is_never_shortened(run, longer, tmp_path, monkeypatch):
 
 def test_the_last_row_of_an_epoch_counts(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"epoch": 0, "x": 1}\n{"epoch": 1, "x": 2}\n{"epoch": 0, "x": 3}\n\n{"epoch": 1, "x": 4}\n{"epoch"')
+    rows = ['{"epoch": 0, "x": 1}', '{"epoch": 1, "x": 2}', '{"epoch": 0, "x": 3}', "", '{"epoch": 1, "x": 4}']
+    path.write_text("\n".join([*rows, '{"epoch"']))
     assert read_metrics(path) == [{"epoch": 0, "x": 3}, {"epoch": 1, "x": 4}]
     path.write_text('{"epoch": 0, "x": 1}\n{"epoch": 1, "x\n{"epoch": 2, "x": 3}\n')
     with pytest.raises(ValueError, match="line 2 is damaged"):
@@ -167,8 +181,13 @@ def test_the_last_row_of_an_epoch_counts(tmp_path):
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_is_named(tmp_path):
     write_whole(tmp_path / "file", "old")
-    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'file'}: cannot be written (disk on fire)")):
-        write_whole(tmp_path / "file", lambda file: file.write(b"ne") and (_ for _ in ()).throw(OSError("disk on fire")))
+
+    def fail(file):
+        file.write(b"ne")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'file'}: cannot be written (no space left)")):
+        write_whole(tmp_path / "file", fail)
     assert contents(tmp_path) == {"file": b"old"}
 
 
@@ -180,8 +199,17 @@ def flip(path, position=0.5):
     path.write_bytes(damaged)
 
 
+def plain(value):
+    """Dicts, lists and tensors as what == compares."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 def test_any_flipped_byte_of_a_checkpoint_is_found_or_harmless(run, tmp_path, capsys):
-    path = next(iter(sorted((run / "checkpoint").glob("*.pt"), reverse=True)))
+    path = run / "checkpoint/epoch_000002.pt"
     whole, found, moments = load_checkpoint(run / "checkpoint"), 0, random.Random(0)
     (tmp_path / "checkpoint").mkdir()
     for _ in range(100):
@@ -192,10 +220,7 @@ def test_any_flipped_byte_of_a_checkpoint_is_found_or_harmless(run, tmp_path, ca
         except ValueError:
             found += 1
         else:
-            assert all(torch.equal(a, b) for a, b in zip(state["parameters"], whole["parameters"], strict=True))
-            moments_of = [{i: {key: torch.as_tensor(value).tolist() for key, value in values.items()}
-                           for i, values in saved["optimizer"]["state"].items()} for saved in (state, whole)]
-            assert moments_of[0] == moments_of[1] and state["config"] == whole["config"] and state["epoch"] == whole["epoch"]
+            assert plain(state) == plain(whole)
     assert found > 20  # the rest of a small file is padding and names
 
 
@@ -208,8 +233,9 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, longer, t
 
 
 @pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(b""), lambda path: path.write_text("a shopping list"), lambda path: path.write_bytes(path.read_bytes()[:2000]),
-    lambda path: (path.unlink(), path.mkdir()), lambda path: torch.save(SimpleNamespace(), path)],
+    lambda path: path.write_bytes(b""), lambda path: path.write_text("a shopping list"),
+    lambda path: path.write_bytes(path.read_bytes()[:2000]), lambda path: (path.unlink(), path.mkdir()),
+    lambda path: torch.save(SimpleNamespace(), path)],
     ids=["empty", "text", "truncated", "a folder", "another pickle"])
 def test_a_run_whose_checkpoints_cannot_be_read_is_left_as_it_is(run, tmp_path, capsys, damage):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
@@ -220,7 +246,8 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_left_as_it_is(run, tmp_path, 
     with pytest.raises(SystemExit) as stop:
         ddpo.main(["--resume", str(folder)])
     *fallbacks, line = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and "checkpoint/epoch_000002.pt" in line and all("going back" in one for one in fallbacks)
+    assert stop.value.code == 2 and "checkpoint/epoch_000002.pt" in line
+    assert all("going back to the one before" in each for each in fallbacks)
     assert contents(folder) == before
 
 
@@ -249,7 +276,8 @@ def first(state):
     (lambda state: state["config"].pop("lr"), "lr"),
     (lambda state: state.clear(), "another version"),
 ])
-def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_overwritten(run, tmp_path, capsys, change, names):
+def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_overwritten(
+        run, tmp_path, capsys, change, names):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     state = load_checkpoint(folder / "checkpoint")
     change(state)
@@ -265,7 +293,8 @@ def test_a_run_is_gone_on_with_by_the_script_that_made_it(run, tmp_path, capsys)
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     settings = json.loads((folder / "config.json").read_text())
     shutil.rmtree(folder / "checkpoint")
-    theirs = rwr.train(rwr.Config(model=settings["model"], out=str(tmp_path), name="theirs", **SMALL | dict(epochs=1, updates=1)))
+    theirs = rwr.train(rwr.Config(model=settings["model"], out=str(tmp_path), name="theirs",
+                                  **SMALL | dict(epochs=1, updates=1)))
     shutil.copytree(theirs / "checkpoint", folder / "checkpoint")
     assert "another script" in refusal(capsys, ["--resume", str(folder)])
     assert contents(run) == before
@@ -274,15 +303,17 @@ def test_a_run_is_gone_on_with_by_the_script_that_made_it(run, tmp_path, capsys)
 # files that a person has edited
 
 @pytest.mark.parametrize("edit, names", [
-    (dict(lr="fast"), "lr"), (dict(images=8.0), "images"), (dict(compile=1), "compile"), (dict(steps=None), "steps"),
-    (dict(reward=["compress"]), "reward"), (dict(epochs=True), "epochs"), (dict(lr=float("nan")), "lr"), (dict(lr=1e308), "lr"),
-    (dict(images=10**12), "images"), (dict(eval_images=10**400), "eval-images"), (dict(kl=-1.0), "kl"), (dict(colour="red"), "colour"),
+    (dict(lr="fast"), "lr"), (dict(images=8.0), "images"), (dict(compile=1), "compile"),
+    (dict(steps=None), "steps"), (dict(reward=["compress"]), "reward"), (dict(epochs=True), "epochs"),
+    (dict(lr=float("nan")), "lr"), (dict(lr=1e308), "lr"), (dict(images=10**12), "images"),
+    (dict(eval_images=10**400), "eval-images"), (dict(kl=-1.0), "kl"), (dict(colour="red"), "colour"),
     (dict(lora_rank=3), "instead of"), (dict(prompts="no_such.txt"), "no_such.txt"),
     ("{", "not JSON"), ("[1]", "list"), ("\xff", "config.json"), ("null", "config.json")])
 def test_an_edited_config_is_refused_in_a_line(run, tmp_path, capsys, edit, names):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     path = folder / "config.json"
-    path.write_text(edit if isinstance(edit, str) else json.dumps(json.loads(path.read_text()) | edit), encoding="latin-1")
+    content = edit if isinstance(edit, str) else json.dumps(json.loads(path.read_text()) | edit)
+    path.write_text(content, encoding="latin-1")
     before = contents(folder)
     assert names in refusal(capsys, ["--resume", str(folder)])
     assert contents(folder) == before
@@ -291,7 +322,8 @@ def test_an_edited_config_is_refused_in_a_line(run, tmp_path, capsys, edit, name
 def test_a_config_that_lacks_a_setting_is_refused_and_one_that_is_changed_is_reported(run, tmp_path, capsys):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
     settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "lr"}))
+    lacking = {key: value for key, value in settings.items() if key != "lr"}
+    (folder / "config.json").write_text(json.dumps(lacking))
     assert "lr" in refusal(capsys, ["--resume", str(folder)])
     (folder / "config.json").write_text(json.dumps(settings | {"lr": 0.5}))
     resumed(folder, 2)
@@ -299,8 +331,9 @@ def test_a_config_that_lacks_a_setting_is_refused_and_one_that_is_changed_is_rep
 
 
 @pytest.mark.parametrize("edit", [
-    lambda rows: rows.__setitem__(1, "gone"), lambda rows: rows.__setitem__(0, "[]"), lambda rows: rows.__setitem__(1, '{"epoch": "1"}'),
-    lambda rows: rows.__setitem__(1, '{"epoch": 1}'), lambda rows: rows.pop(1), lambda rows: rows.clear(),
+    lambda rows: rows.__setitem__(1, "gone"), lambda rows: rows.__setitem__(0, "[]"),
+    lambda rows: rows.__setitem__(1, '{"epoch": "1"}'), lambda rows: rows.__setitem__(1, '{"epoch": 1}'),
+    lambda rows: rows.pop(1), lambda rows: rows.clear(),
     lambda rows: rows.__setitem__(0, re.sub('"eval_reward": [^,}]*', '"eval_reward": null', rows[0])),
     lambda rows: rows.__setitem__(0, rows[0].replace('"eval_reward"', '"my_reward"')),
     lambda rows: rows.__setitem__(1, re.sub('"reward_mean": [^,]*', '"reward_mean": "high"', rows[1]))])
@@ -315,14 +348,14 @@ def test_an_edited_log_is_refused_in_a_line_that_names_it(run, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("arguments, names", [
-    (["--name", "../elsewhere"], "--out"), (["--name", "/tmp/elsewhere"], "--out"), (["--name", "."], "--out"),
+    (["--name", "../elsewhere"], "--out"), (["--name", "/elsewhere"], "--out"), (["--name", "."], "--out"),
     (["--images", str(10**12)], "images"), (["--epochs", str(10**12)], "epochs"), (["--kl", "1e308"], "kl"),
     (["--reward", "compress:1e308,incompress:1"], "reward"), (["--buffer-size", str(10**30)], "buffer-size"),
     (["--out", "README.md/runs"], "README.md")])
 def test_absurd_settings_and_places_are_refused_in_a_line(tmp_path, capsys, monkeypatch, arguments, names):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").touch()
-    assert names in refusal(capsys, [*arguments, "--device", "cpu", "--epochs", "1"][:None if "--epochs" not in arguments else -2])
+    assert names in refusal(capsys, ["--device", "cpu", "--epochs", "1", *arguments])
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
@@ -415,8 +448,8 @@ def test_a_run_that_another_process_writes_is_neither_started_nor_resumed(run, m
     while not (folder / "held").exists():
         time.sleep(0.01)
     (folder / "held").unlink()
-    for arguments in (["--resume", str(folder), "--epochs", "3"],
-                      ["--model", "no/such/model", "--out", str(tmp_path), "--name", "run", "--device", "cpu"]):  # before models load
+    again = flags(model="no/such/model", out=tmp_path, name="run", device="cpu")  # before models load
+    for arguments in (["--resume", str(folder), "--epochs", "3"], again):
         assert f"process {pid}" in refusal(capsys, arguments)
     os.kill(pid, signal.SIGKILL)
     ended(pid)
@@ -426,12 +459,11 @@ def test_a_run_that_another_process_writes_is_neither_started_nor_resumed(run, m
 
 # a broken network
 
-@pytest.mark.parametrize("settings", [dict(updates=1, lr=1e10, lora_rank=0), dict(updates=2, lr=1e10), dict(updates=1, lr=1e10, eval_every=9)])
+@pytest.mark.parametrize("settings", [dict(updates=1, lora_rank=0), dict(updates=2), dict(updates=1, eval_every=9)])
 def test_a_broken_network_ends_the_run_before_anything_of_it_is_saved(model, tmp_path, capsys, settings):
-    arguments = [word for key, value in (SMALL | dict(epochs=1, model=model, out=tmp_path, name="broken", ema=0.0) | settings).items()
-                 for word in (f"--{key.replace('_', '-')}", str(value))]
+    settings = SMALL | dict(epochs=1, model=model, out=tmp_path, name="broken", ema=0.0, lr=1e10) | settings
     with pytest.raises(SystemExit) as stop:
-        ddpo.main(arguments)
+        ddpo.main(flags(**settings))
     assert re.fullmatch(r"[^\n]* (is|are) (nan|inf|not finite)[^\n]*--lr below 1e\+10", str(stop.value.code))
     folder = tmp_path / "broken"
     assert [row["epoch"] for row in read_metrics(folder / "metrics.jsonl")] == [0]
@@ -441,8 +473,9 @@ def test_a_broken_network_ends_the_run_before_anything_of_it_is_saved(model, tmp
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_pictures_that_are_not_finite_are_no_pictures(model, part):
     pipeline = sample.load_pipeline(model, "cpu")
+    network = pipeline.unet if part == "unet" else pipeline.vae.decoder
     with torch.no_grad():
-        next(getattr(pipeline, part).parameters() if part == "unet" else pipeline.vae.decoder.parameters()).fill_(float("nan"))
+        next(network.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         sample.sample_trajectories(pipeline, ["a cat"], 2, generator=torch.Generator().manual_seed(0))
 
@@ -492,7 +525,7 @@ def test_the_scaler_skips_an_overflow_and_stops_where_it_never_ends(model, tmp_p
 
 
 def test_a_reward_that_fails_in_the_scorers_thread_drops_the_batches_that_wait(model, tmp_path):
-    run = ddpo.prepare(Config(model=model, out=str(tmp_path), name="run", **SMALL | dict(images=40, eval_images=2)))
+    run = ddpo.prepare(Config(model=model, out=str(tmp_path), name="run", **SMALL | dict(images=40)))
     run.scorer, calls = ThreadPoolExecutor(1), []
 
     def failing(images, prompts):
@@ -511,7 +544,8 @@ def test_a_reward_that_fails_in_the_scorers_thread_drops_the_batches_that_wait(m
 
 def test_what_an_epoch_needs_no_more_is_let_go(run, model, tmp_path):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
-    config = Config(**json.loads((folder / "config.json").read_text()) | {"out": str(tmp_path), "name": "run"})
+    settings = json.loads((folder / "config.json").read_text())
+    config = Config(**settings | {"out": str(tmp_path), "name": "run"})
     again = ddpo.prepare(config, resume=True)
     assert again.saved.keys() == {"statistics"}  # the tensors of the checkpoint are gone
     _, trajectories, _, _ = training.collect(again, 3)
@@ -519,23 +553,22 @@ def test_what_an_epoch_needs_no_more_is_let_go(run, model, tmp_path):
     training.close(again)
 
 
-def test_compiled_blocks_have_room_for_each_batch_and_what_stays_eager_is_said(model, tmp_path, capsys, monkeypatch):
+def test_compiled_blocks_have_room_for_each_batch_and_what_stays_eager_is_said(model, tmp_path, capsys):
     from torch._dynamo import config as dynamo, utils
 
     limits = dynamo.recompile_limit, dynamo.accumulated_recompile_limit
     try:
         run = ddpo.prepare(Config(model=model, out=str(tmp_path), name="run", **SMALL | dict(compile=True)))
-        assert dynamo.recompile_limit >= 100 and dynamo.accumulated_recompile_limit >= 1000  # torch's own: 8, 256
+        assert dynamo.recompile_limit >= 100 and dynamo.accumulated_recompile_limit >= 1000  # not 8, 256
         training.say_what_is_eager(run)
         assert not capsys.readouterr().err
         dynamo.recompile_limit = 1
         for size in (1, 2, 3):
-            torch.compile(lambda x: x + 1, backend="eager", dynamic=False)  # other code each time
             doubled(torch.ones(size))
         for _ in range(2):
             training.say_what_is_eager(run)
         err = capsys.readouterr().err
-        assert err.count("they run in eager mode") == 1 and "recompile limit" in err
+        assert err.count("in eager mode") == 1 and "recompile limit" in err
         training.close(run)
     finally:
         dynamo.recompile_limit, dynamo.accumulated_recompile_limit = limits
@@ -570,6 +603,7 @@ def test_a_signal_ends_a_process_also_in_a_callback_that_swallows_exceptions():
             time.sleep(60)
 
     def main():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         with training.stop_signals(lambda number: os.write(ready, bytes([number]))):
             Callback()
         return 1
@@ -596,11 +630,11 @@ def reward(images, prompts):
 
 def test_a_process_that_fails_ends_the_others_at_once_and_its_line_is_the_last(model, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
-    flags = [word for key, value in (SMALL | dict(model=model, out=tmp_path, name="run", epochs=1000, preset="emoji",
-                                                  reward=f"{tmp_path}/failing.py:reward")).items()
-             for word in (f"--{key.replace('_', '-')}", str(value))]
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "ddpo.py", *flags],
-                               cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    settings = SMALL | dict(model=model, out=tmp_path, name="run", epochs=1000, reward=f"{tmp_path}/failing.py:reward")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "ddpo.py"]
+    process = subprocess.Popen([*command, *flags(**settings, preset="emoji")], cwd=ROOT, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     lines, failed = [], None
     try:
         for line in process.stderr:
@@ -613,7 +647,7 @@ def test_a_process_that_fails_ends_the_others_at_once_and_its_line_is_the_last(m
     said = [line for line in lines if line and set(line) != {"="}]
     assert "the judge has left" in said[-1] and said[-1].endswith(f"--resume {tmp_path}/run")
     ours = lines[:next(i for i, line in enumerate(lines) if "the judge has left" in line)]
-    assert not any("Traceback" in line or "Connection" in line for line in ours)  # torchrun has one of its own below
+    assert not any("Traceback" in line or "Connection" in line for line in ours)  # torchrun adds its own
 
 
 # reproduce.py and emoji/pretrain.py
@@ -624,7 +658,7 @@ def test_a_run_ends_with_the_experiment_that_started_it():
     heard, told = os.pipe()
 
     def experiment():
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], preexec_fn=reproduce.end_with_parent)
+        child = subprocess.Popen(["sleep", "60"], preexec_fn=reproduce.end_with_parent)
         os.write(told, str(child.pid).encode())
         time.sleep(60)
 
@@ -645,7 +679,7 @@ def test_fewer_seeds_do_not_replace_a_table_of_more(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     for seed in range(3):
-        for algorithm in reproduce.ALGORITHMS:
+        for algorithm in experiments.ALGORITHMS:
             fake_run(tmp_path / f"results/emoji/logs/compress-{algorithm}-{seed}", seed)
     reproduce.main(["algorithms", "--draw", "--seeds", "1"])
     table = json.loads((tmp_path / "results/emoji/algorithms.json").read_text())
@@ -653,8 +687,8 @@ def test_fewer_seeds_do_not_replace_a_table_of_more(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("setting, value", [
-    ("unet_steps", 0), ("clip_batch", -1), ("ema", 1.0), ("vae_lr", float("nan")), ("seed", -1), ("save_every", 0),
-    ("caption_dropout", 1.5), ("out", "README.md/emoji"), ("clip_scenes", 10**12)])
+    ("unet_steps", 0), ("clip_batch", -1), ("ema", 1.0), ("vae_lr", float("nan")), ("seed", -1),
+    ("save_every", 0), ("caption_dropout", 1.5), ("out", "README.md/emoji"), ("clip_scenes", 10**12)])
 def test_pretraining_refuses_what_cannot_work_before_it_starts(setting, value, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=f"^--{setting.replace('_', '-')} [^\\n]+$"):
