@@ -706,6 +706,8 @@ def command_line(arguments, parse_config, prepare, fit):
             leave(str(error), 1)
             sys.exit(str(error))
         except PeerLost:
+            if world == 1:
+                raise
             time.sleep(5)  # torchrun ends this one, too; if it ended first, the report would name it
             os._exit(1)
         except Exception as error:

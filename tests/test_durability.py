@@ -171,7 +171,8 @@ def test_a_log_is_never_shortened(run, longer, tmp_path, monkeypatch):
 
 def test_the_last_row_of_an_epoch_counts(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    rows = ['{"epoch": 0, "x": 1}', '{"epoch": 1, "x": 2}', '{"epoch": 0, "x": 3}', "", '{"epoch": 1, "x": 4}']
+    rows = ['{"epoch": 0, "x": 1}', '{"epoch": 1, "x": 2}', '{"epoch": 0, "x": 3}', "",
+            '{"epoch": 1, "x": 4}']
     path.write_text("\n".join([*rows, '{"epoch"']))
     assert read_metrics(path) == [{"epoch": 0, "x": 3}, {"epoch": 1, "x": 4}]
     path.write_text('{"epoch": 0, "x": 1}\n{"epoch": 1, "x\n{"epoch": 2, "x": 3}\n')
@@ -459,7 +460,8 @@ def test_a_run_that_another_process_writes_is_neither_started_nor_resumed(run, m
 
 # a broken network
 
-@pytest.mark.parametrize("settings", [dict(updates=1, lora_rank=0), dict(updates=2), dict(updates=1, eval_every=9)])
+@pytest.mark.parametrize("settings", [
+    dict(updates=1, lora_rank=0), dict(updates=2), dict(updates=1, eval_every=9)])
 def test_a_broken_network_ends_the_run_before_anything_of_it_is_saved(model, tmp_path, capsys, settings):
     settings = SMALL | dict(epochs=1, model=model, out=tmp_path, name="broken", ema=0.0, lr=1e10) | settings
     with pytest.raises(SystemExit) as stop:
@@ -630,7 +632,8 @@ def reward(images, prompts):
 
 def test_a_process_that_fails_ends_the_others_at_once_and_its_line_is_the_last(model, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
-    settings = SMALL | dict(model=model, out=tmp_path, name="run", epochs=1000, reward=f"{tmp_path}/failing.py:reward")
+    reward = f"{tmp_path}/failing.py:reward"
+    settings = SMALL | dict(model=model, out=tmp_path, name="run", epochs=1000, reward=reward)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "ddpo.py"]
     process = subprocess.Popen([*command, *flags(**settings, preset="emoji")], cwd=ROOT, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
