@@ -32,8 +32,8 @@ from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
 from sample import ddim_step, encode_prompts, latents_shape, predict
 from settings import PRESETS, Settings, check_choices, refuse
-from training import (apply_gradients, collect, command_line, describe, progress_bar, reduce, reference_output,
-                      reward_row, seeded, shard, start, time_row)
+from training import (apply_gradients, collect, command_line, describe, epoch_table, progress_bar, reduce,
+                      reference_output, reward_row, seeded, shard, start, time_row)
 
 
 @dataclass
@@ -126,25 +126,24 @@ def batch_advantages(rewards):
 def fit(run):
     """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
     config, device, unet = run.config, run.device, run.pipeline.unet
-    policy_steps = run.policy_steps[:math.ceil(config.train_first * len(run.policy_steps))]
-    trained_steps = max(1, round(config.timestep_fraction * len(policy_steps)))  # of each picture
     updates = config.updates * config.inner_epochs  # of an epoch
-    pairs = config.images // config.updates * trained_steps  # (picture, step) of an update
     clip_range = guidance_scale = None
     if config.algorithm == "is":
         clip_range = clip_range_for(config.clip_range, latents_shape(run.pipeline))
     if config.train_guidance and config.guidance_scale > 1:
         guidance_scale = config.guidance_scale
-    weights = step_weights(run.table, policy_steps, config.step_weights)
     mine = shard(run, config.images)  # indices of this process's pictures
     saved = run.saved["statistics"] if run.saved else {}
     statistics = {name: PromptStats(config.buffer_size, config.min_count, saved.get(name))
                   for name in run.components}
 
+    _, _, trained_steps, pairs = epoch_steps(run, run.epoch + 1)
     kind = f"(picture, step) pairs, {trained_steps} steps of each picture"
     over = begin(run, describe(run, updates, pairs, kind))
     while not over:
         epoch, clock = run.epoch + 1, time.perf_counter()
+        table, policy_steps, trained_steps, pairs = epoch_steps(run, epoch)
+        weights = step_weights(table, policy_steps, config.step_weights)
 
         # 1. sample, 2. reward
         prompts, trajectories, scores, seconds = collect(run, epoch)
@@ -168,7 +167,7 @@ def fit(run):
                 output = predict(unet, *inputs, run.dtype)
                 scale = run.scaler.scale(torch.full((), 1 / pairs, device=device))  # mean of the update
                 loss, losses, log_prob = policy_loss(
-                    output, x, x_next, run.table[step], old, advantage, clip_range, guidance_scale, scale)
+                    output, x, x_next, table[step], old, advantage, clip_range, guidance_scale, scale)
                 kl = torch.zeros((), device=device)
                 if config.kl:
                     kl = kl_loss(output, reference_output(run, *inputs), guidance_scale).sum()
@@ -210,6 +209,16 @@ def mixed_advantages(run, prompts, scores, statistics):
         else:
             advantages += weight * batch_advantages(scores[name])
     return advantages.clamp(-config.advantage_clip, config.advantage_clip)
+
+
+def epoch_steps(run, epoch):
+    """(table (T, 4), the steps that may be trained, how many of them are for each picture, (picture, step)
+    pairs of an update). They depend on the epoch where a window moves."""
+    config = run.config
+    table, policy_steps = epoch_table(config, run.pipeline, epoch)
+    policy_steps = policy_steps[:math.ceil(config.train_first * len(policy_steps))]
+    trained_steps = max(1, round(config.timestep_fraction * len(policy_steps)))
+    return table.to(run.device), policy_steps, trained_steps, config.images // config.updates * trained_steps
 
 
 def update_pairs(run, epoch, update, policy_steps, trained_steps):

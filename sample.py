@@ -197,9 +197,22 @@ def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
     return timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
-def step_etas(steps, eta=1.0, window=""):
-    """(T,) the eta of each step: within the window "first:end" of steps that are actions eta, 0 outside it; without one, eta."""
+def window_places(steps, window="", shift=""):
+    """[(first, end)] of the steps that are actions: one after the other, where the window moves.
+
+    window: "first:end", of its first place. shift: "2/5" moves it on by 2 steps every 5 epochs, as in MixGRPO (arXiv
+    2507.21802); where it would pass the last step, it starts again from its first place."""
     first, end = map(int, window.split(":")) if window else (0, steps)
+    stride = int(shift.split("/")[0]) if shift else steps
+    return [(place, place + end - first) for place in range(first, steps - (end - first) + 1, stride)]
+
+
+def step_etas(steps, eta=1.0, window="", shift="", epoch=1):
+    """(T,) the eta of each step: within the window "first:end" of steps that are actions eta, 0 outside it; without one, eta.
+
+    shift: the window moves, see window_places. epoch: the first one is 1."""
+    places = window_places(steps, window, shift)
+    first, end = places[(epoch - 1) // int(shift.split("/")[1]) % len(places)] if shift else places[0]
     step = torch.arange(steps)
     return torch.where((step >= first) & (step < end), eta, 0.0)
 

@@ -36,7 +36,7 @@ from rewards import RewardError, get_reward, parse_reward
 from run_folder import (load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics, save_checkpoint, save_weights, write_whole)
 from settings import watched
 from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline, predict,
-                    sample_trajectories, step_etas)
+                    sample_trajectories, step_etas, window_places)
 
 
 class RunStopped(Exception):
@@ -57,10 +57,7 @@ class Run:
     components: dict  # name of a trained reward -> weight
     rewards: dict  # name -> function, the watched ones too
     pipeline: object
-    eta: torch.Tensor  # (T,) of each step: 0 outside the window
     timesteps: torch.Tensor  # (T,)
-    table: torch.Tensor  # (T, 4)
-    policy_steps: torch.Tensor  # which of the T steps are actions that may be trained
     parameters: list
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -155,11 +152,11 @@ def start(config, resume=False, reference=False):
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)  # what is trained is float32
     unet = pipeline.unet
-    eta = step_etas(config.steps, config.eta, config.window)
-    timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
-    policy_steps = (table[:, 2] > 0).nonzero().flatten()  # a step without noise, such as some schedules' last, is no action
-    if len(policy_steps) == 0:
-        raise ValueError(f"--steps {config.steps}: every step of this scheduler is deterministic; choose more steps")
+    timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler)
+    for first, end in window_places(config.steps, config.window, config.window_shift):
+        if not (table[first:end, 2] > 0).any():
+            raise ValueError(f"--steps {config.steps}: every step {'of the window ' if config.window else ''}from {first} to "
+                             f"{end} of this scheduler is deterministic; choose more steps, or another --window")
     if config.offload:  # the text encoder works where it is, once a prompt; the VAE comes to the device for each batch
         pipeline.text_encoder.to("cpu"), pipeline.vae.to("cpu")
     if config.gradient_checkpointing:
@@ -177,8 +174,8 @@ def start(config, resume=False, reference=False):
         for block in filter(None, (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.conv_norm_out)):
             block.compile(dynamic=False, options={"emulate_precision_casts": True})
 
-    run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline, eta, timesteps.to(device), table.to(device),
-              policy_steps, parameters, make_optimizer(parameters, config),
+    run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline, timesteps.to(device),
+              parameters, make_optimizer(parameters, config),
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
     if reference and not config.lora_rank:
         run.reference = copy.deepcopy(unet).requires_grad_(False)
@@ -216,6 +213,15 @@ def start(config, resume=False, reference=False):
     return run
 
 
+def epoch_table(config, pipeline, epoch):
+    """(table (T, 4) of an epoch's sampling, which of its T steps are actions that may be trained).
+
+    A step without noise, outside the window or the last one of some schedules, is no action."""
+    eta = step_etas(config.steps, config.eta, config.window, config.window_shift, epoch)
+    _, table = ddim_table(pipeline.scheduler, config.steps, eta, config.sampler)
+    return table, (table[:, 2] > 0).nonzero().flatten()
+
+
 def shard(run, count):
     """The indices of this process among `count` pictures, (count / world,)."""
     return torch.arange(run.rank * count // run.world, (run.rank + 1) * count // run.world)
@@ -226,11 +232,15 @@ def progress_bar(run, name, total, position=1):
     return tqdm(total=total, desc=f"  {name}", leave=False, position=position, disable=True if run.rank else None)  # None: unless on a terminal
 
 
-def rollout(run, prompts, keys, bar=None, eta=None):
-    """Trajectories of a batch, a picture a prompt, each with the random numbers of its key."""
-    generators = [seeded(*key, device=run.device) for key in keys]
-    return sample_trajectories(run.pipeline, prompts, run.config.steps, run.config.guidance_scale, run.eta if eta is None else eta,
-                               generators, run.dtype, bar and bar.update, run.cache, run.step)
+def rollout(run, prompts, keys, bar=None, eta=None, epoch=1):
+    """Trajectories of a batch, a picture a prompt, each with the random numbers of its key.
+
+    A window is where it is in that epoch: evaluations keep to the first, so that they do not depend on it."""
+    config, generators = run.config, [seeded(*key, device=run.device) for key in keys]
+    if eta is None:
+        eta = step_etas(config.steps, config.eta, config.window, config.window_shift, epoch)
+    return sample_trajectories(run.pipeline, prompts, config.steps, config.guidance_scale, eta, generators, run.dtype,
+                               bar and bar.update, run.cache, run.step, config.sampler)
 
 
 def score(run, images, prompts, bar=None):
@@ -262,7 +272,8 @@ def collect(run, epoch):
     with progress_bar(run, "sampling", len(indices.split(config.sample_batch)) * config.steps) as sampling, \
             progress_bar(run, "scoring", len(indices), position=2) as scoring:
         for index in indices.split(config.sample_batch):
-            batch = rollout(run, [prompts[i] for i in index], [(config.seed, epoch, 1, i) for i in index.tolist()], sampling)
+            batch = rollout(run, [prompts[i] for i in index], [(config.seed, epoch, 1, i) for i in index.tolist()], sampling,
+                            epoch=epoch)
             task = functools.partial(score, run, batch.images, batch.prompts, scoring)
             pending.append(run.scorer.submit(task).result if run.scorer else task)
             if config.offload:
