@@ -80,6 +80,31 @@ class Config:
     save_every: int = 250  # steps
 
 
+def check(config):
+    """Refuse what cannot work before anything is drawn or trained: ValueError, one line."""
+    def refuse(setting, advice):
+        value = getattr(config, setting)
+        raise ValueError(f"--{setting.replace('_', '-')} {value}: {advice}")
+
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and field.name != "seed" and not 1 <= value < 2**31:
+            refuse(field.name, "must be at least 1 and below 2**31")
+        if field.name.endswith("_lr") and not 0 < value < 1:
+            refuse(field.name, "must be above 0 and below 1")
+        if field.type is str and any(path.is_file() for path in (Path(value), *Path(value).parents)):
+            refuse(field.name, "a file stands there; give a folder")
+    if not 0 <= config.seed < 2**32:
+        refuse("seed", "must be at least 0 and below 2**32")
+    if not 0 <= config.caption_dropout <= 1:
+        refuse("caption_dropout", "must be 0 to 1")
+    if not 0 <= config.ema < 1:
+        refuse("ema", "must be at least 0 and below 1")
+    if config.only not in ("", "flow"):
+        refuse("only", "only the stage flow can run alone")
+    return config
+
+
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -542,10 +567,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
-    config = Config(**vars(parser.parse_args()))
+    parser.error = lambda message: parser.exit(2, f"{message}\n")
+    try:
+        config = check(Config(**vars(parser.parse_args())))
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
     Path(config.work).mkdir(parents=True, exist_ok=True)
-    if config.only not in ("", "flow"):
-        parser.exit(2, f"--only {config.only}: only the stage flow can run alone\n")
     if not config.only:
         tokenizer = build_tokenizer(config)
         clip = train_clip(config, tokenizer)
