@@ -30,10 +30,10 @@ import kernels.ppo_loss
 import settings
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from sample import ddim_step, encode_prompts, latents_shape, predict
+from sample import ddim_step, encode_prompts, latents_shape, predict, step_weights
 from settings import PRESETS, Settings, above_zero, at_least, check_choices, refuse, trained_guidance
-from training import (apply_gradients, collect, command_line, describe, progress_bar, reduce,
-                      reference_output, reward_row, seeded, shard, start, time_row)
+from training import (apply_gradients, collect, command_line, describe, epoch_table, progress_bar,
+                      reduce, reference_output, reward_row, seeded, shard, start, time_row)
 
 
 @dataclass
@@ -131,22 +131,21 @@ def batch_advantages(rewards):
 def fit(run):
     """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
     config, device, unet = run.config, run.device, run.pipeline.unet
-    policy_steps = run.policy_steps[:math.ceil(config.train_first * len(run.policy_steps))]
-    trained_steps = max(1, round(config.timestep_fraction * len(policy_steps)))  # of each picture
     updates = config.updates * config.inner_epochs  # of an epoch
-    pairs = config.images // config.updates * trained_steps  # (picture, step) of an update
     clip_range = clip_range_for(config.clip_range, latents_shape(run.pipeline))
     clip_range = clip_range if config.algorithm == "is" else None
     guidance_scale = trained_guidance(config)
-    weights = step_weights(run.table, policy_steps, config.step_weights)
     mine = shard(run, config.images)  # indices of this process's pictures
     statistics = {name: PromptStats(config.buffer_size, config.min_count) for name in run.components}
     for name, buffers in (run.saved["statistics"] if run.saved else {}).items():
         statistics[name].buffers = buffers
 
+    pairs = epoch_steps(run, run.epoch + 1)[-1]
     over = begin(run, describe(run, updates, pairs, "(picture, step) pairs", int(config.kl > 0)))
     while not over:
         epoch, clock = run.epoch + 1, time.perf_counter()
+        table, policy_steps, trained_steps, pairs = epoch_steps(run, epoch)
+        weights = step_weights(table, policy_steps, config.step_weights)
 
         # 1. sample, 2. reward
         prompts, trajectories, scores, seconds = collect(run, epoch)
@@ -169,7 +168,7 @@ def fit(run):
                 inputs = x, run.timesteps[step], prompt_embeds[image], negative_embeds
                 output = predict(unet, *inputs, run.dtype)
                 scale = run.scaler.scale(torch.full((), 1 / pairs, device=device))  # mean over pairs
-                loss, losses, log_prob = policy_loss(output, x, x_next, run.table[step], old, advantage,
+                loss, losses, log_prob = policy_loss(output, x, x_next, table[step], old, advantage,
                                                      clip_range, guidance_scale, scale)
                 kl = torch.zeros((), device=device)
                 if config.kl:
@@ -213,6 +212,17 @@ def mixed_advantages(run, prompts, scores, statistics):
     return advantages.clamp(-config.advantage_clip, config.advantage_clip)
 
 
+def epoch_steps(run, epoch):
+    """(table (T, 4), steps to choose from, how many for each picture, pairs of an update): they depend
+    on the epoch where the window moves."""
+    config = run.config
+    table, policy_steps = epoch_table(config, run.pipeline, epoch)
+    policy_steps = policy_steps[:math.ceil(config.train_first * len(policy_steps))]
+    trained_steps = max(1, round(config.timestep_fraction * len(policy_steps)))
+    pairs = config.images // config.updates * trained_steps
+    return table.to(run.device), policy_steps, trained_steps, pairs
+
+
 def update_pairs(run, epoch, update, policy_steps, trained_steps):
     """Yields the (picture, step) pairs of an update on this process, --train-batch at a time.
 
@@ -240,18 +250,6 @@ def policy_loss(output, x, x_next, coefficients, old_log_prob, advantages, clip_
     loss = (is_loss(log_prob, old_log_prob, advantages, clip_range) if clip_range
             else sf_loss(log_prob, advantages))
     return loss.sum() * scale, loss.detach(), log_prob.detach()
-
-
-def step_weights(table, policy_steps, kind):
-    """(T,) factors of the steps' losses, of mean 1 over the trained ones.
-
-    ∂ log p / ∂ output is z c_o / σ. Under Stable Diffusion's schedule |c_o / σ| is nearly even (0.6 to
-    1.1 at T = 20), but 5.4 in the last but one: that step, which decides details at most, has the
-    largest gradient. "equal" divides by the factor."""
-    weights = torch.ones_like(table[:, 0])
-    if kind == "equal":
-        weights[policy_steps] = (table[:, 2] / table[:, 1].abs())[policy_steps]
-    return weights / weights[policy_steps].mean()
 
 
 def check(config):

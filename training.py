@@ -41,7 +41,7 @@ from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plo
                         read_metrics, release, reserved, row_line, save_checkpoint, save_picture,
                         save_weights, sync, write_whole)
 from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape,
-                    load_pipeline, predict, sample_trajectories, step_etas)
+                    load_pipeline, predict, sample_trajectories, step_etas, window_places)
 from settings import watched
 
 
@@ -67,10 +67,7 @@ class Run:
     components: dict  # name of a trained reward -> weight
     rewards: dict  # name -> function, the watched ones too
     pipeline: object
-    eta: torch.Tensor  # (T,) of each step: 0 outside the window
     timesteps: torch.Tensor  # (T,)
-    table: torch.Tensor  # (T, 4)
-    policy_steps: torch.Tensor  # which of the T steps are actions that may be trained
     parameters: list
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -211,13 +208,12 @@ def set_up(config, folder, resume, reference):
     if notice and rank == 0:
         print(notice, file=sys.stderr)
     unet = pipeline.unet
-    eta = step_etas(config.steps, config.eta, config.window)
-    timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
-    # a step without noise, such as the last one of some schedules, is no action
-    policy_steps = (table[:, 2] > 0).nonzero().flatten()
-    if len(policy_steps) == 0:
-        raise ValueError(f"--steps {config.steps}: every step of this scheduler is deterministic; "
-                         "choose more steps")
+    timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler)
+    for first, end in window_places(config.steps, config.window, config.window_shift):
+        if not (table[first:end, 2] > 0).any():
+            within = "of the window " if config.window else ""
+            raise ValueError(f"--steps {config.steps}: every step {within}from {first} to {end} of this "
+                             "scheduler is deterministic; choose more steps, or another --window")
     if config.offload:  # the text encoder works there; the VAE comes to the device for each batch
         pipeline.text_encoder.to("cpu"), pipeline.vae.to("cpu")
     if config.gradient_checkpointing:
@@ -248,8 +244,7 @@ def set_up(config, folder, resume, reference):
             block.compile(dynamic=False, options={"emulate_precision_casts": True})
 
     run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline,
-              eta, timesteps.to(device), table.to(device), policy_steps, parameters,
-              make_optimizer(parameters, config),
+              timesteps.to(device), parameters, make_optimizer(parameters, config),
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
     if reference and not config.lora_rank:
         run.reference = copy.deepcopy(unet).requires_grad_(False)
@@ -283,6 +278,15 @@ def set_up(config, folder, resume, reference):
         write_rows(run)
         run.track = open_tracker(config, folder)
     return run
+
+
+def epoch_table(config, pipeline, epoch):
+    """(table (T, 4) of an epoch's sampling, which of its T steps are actions that may be trained).
+
+    A step without noise, outside the window or the last one of some schedules, is no action."""
+    eta = step_etas(config.steps, config.eta, config.window, config.window_shift, epoch)
+    _, table = ddim_table(pipeline.scheduler, config.steps, eta, config.sampler)
+    return table, (table[:, 2] > 0).nonzero().flatten()
 
 
 def check_checkpoint(saved, run):
@@ -411,16 +415,20 @@ def remedy(run):
             f"{config.guidance_scale:g}, or smaller weights in --reward")
 
 
-def rollout(run, prompts, keys, bar=None, eta=None):
+def rollout(run, prompts, keys, bar=None, eta=None, epoch=1):
     """Trajectories of a batch, a picture a prompt, each with the random numbers of its key.
 
-    Raises RunStopped if the network is broken: its black pictures are the best for some rewards.
+    A moving window is where it is in that epoch. Evaluations keep to the first place, so that they do
+    not depend on it. Raises RunStopped if the network is broken: its black pictures are the best for
+    some rewards.
     """
-    config, eta = run.config, run.eta if eta is None else eta
-    generators = [seeded(*key, device=run.device) for key in keys]
+    config, generators = run.config, [seeded(*key, device=run.device) for key in keys]
+    if eta is None:
+        eta = step_etas(config.steps, config.eta, config.window, config.window_shift, epoch)
     try:
         return sample_trajectories(run.pipeline, prompts, config.steps, config.guidance_scale, eta,
-                                   generators, run.dtype, bar and bar.update, run.cache, run.step)
+                                   generators, run.dtype, bar and bar.update, run.cache, run.step,
+                                   config.sampler)
     except FloatingPointError as error:
         raise RunStopped(f"{run.folder}: {error}; {remedy(run)}") from None
 
@@ -462,7 +470,7 @@ def collect(run, epoch):
                 progress_bar(run, "scoring", sum(map(len, indices)), position=2) as scoring:
             for index in indices:
                 keys = [(config.seed, epoch, 1, i) for i in index.tolist()]
-                batch = rollout(run, [prompts[i] for i in index], keys, sampling)
+                batch = rollout(run, [prompts[i] for i in index], keys, sampling, epoch=epoch)
                 task = functools.partial(score, run, batch.images, batch.prompts, scoring)
                 if run.scorer:
                     futures.append(run.scorer.submit(task))
