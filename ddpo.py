@@ -30,10 +30,12 @@ import kernels.ppo_loss
 import settings
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from sample import ddim_step, encode_prompts, latents_shape, predict, step_weights
-from settings import PRESETS, Settings, above_zero, at_least, check_choices, refuse, trained_guidance
+from models import denoiser
+from sample import ddim_step, latents_shape, predict, step_weights
+from settings import PRESETS, Settings, above_zero, at_least, check_choices, refuse
 from training import (apply_gradients, collect, command_line, describe, epoch_table, progress_bar,
-                      reduce, reference_output, reward_row, seeded, shard, start, time_row)
+                      reduce, reference_output, reward_row, seeded, shard, start, time_row,
+                      training_inputs)
 
 
 @dataclass
@@ -130,11 +132,10 @@ def batch_advantages(rewards):
 
 def fit(run):
     """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
-    config, device, unet = run.config, run.device, run.pipeline.unet
+    config, device, network = run.config, run.device, denoiser(run.pipeline)
     updates = config.updates * config.inner_epochs  # of an epoch
     clip_range = clip_range_for(config.clip_range, latents_shape(run.pipeline))
     clip_range = clip_range if config.algorithm == "is" else None
-    guidance_scale = trained_guidance(config)
     mine = shard(run, config.images)  # indices of this process's pictures
     statistics = {name: PromptStats(config.buffer_size, config.min_count) for name in run.components}
     for name, buffers in (run.saved["statistics"] if run.saved else {}).items():
@@ -155,18 +156,17 @@ def fit(run):
         advantages = mixed_advantages(run, prompts, scores, statistics)[mine].to(device)
 
         # 4. update
-        prompt_embeds = encode_prompts(run.pipeline, trajectories.prompts, run.cache)
-        negative_embeds = encode_prompts(run.pipeline, [""], run.cache) if guidance_scale else None
         totals, grad_norms = torch.zeros(4, device=device), []
         ratio_error = torch.zeros((), device=device)
         updating = progress_bar(run, "updating", updates * pairs // run.world)
         for update in range(updates):
             for image, step in update_pairs(run, epoch, update, policy_steps, trained_steps):
                 x, x_next = (latents[image, step + i].to(device) for i in (0, 1))
+                *embeds, guidance_scale = training_inputs(run, [trajectories.prompts[i] for i in image])
                 image, step = image.to(device), step.to(device)
                 old, advantage = old_log_probs[image, step], advantages[image] * weights[step]
-                inputs = x, run.timesteps[step], prompt_embeds[image], negative_embeds
-                output = predict(unet, *inputs, run.dtype)
+                inputs = x, run.timesteps[step], *embeds
+                output = predict(network, *inputs, run.dtype)
                 scale = run.scaler.scale(torch.full((), 1 / pairs, device=device))  # mean over pairs
                 loss, losses, log_prob = policy_loss(output, x, x_next, table[step], old, advantage,
                                                      clip_range, guidance_scale, scale)

@@ -32,10 +32,11 @@ import settings
 from ddpo import batch_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from sample import encode_prompts, is_emoji, noised, predict, training_timesteps
-from settings import Settings, above_zero, at_least, check_choices, refuse, trained_guidance
+from models import denoiser, is_emoji
+from sample import noised, predict
+from settings import Settings, above_zero, at_least, check_choices, refuse
 from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce,
-                      reward_row, seeded, shard, start, time_row)
+                      reward_row, seeded, shard, start, time_row, training_inputs)
 
 
 @dataclass
@@ -102,9 +103,9 @@ def denoising_loss(pipeline, clean, noise, timesteps, prompt_embeds, negative_em
                    guidance_scale=None, dtype=torch.float32):
     """(B,) mean_D ‖target − guided prediction‖², the loss of every diffusion model.
 
-    clean: x_0, (B, C, H, W); noise: like it; timesteps: (B,), of sample.training_timesteps."""
+    clean: x_0, (B, C, H, W); noise: like it; timesteps: (B,), of those of the pipeline's scheduler."""
     x, target, _ = noised(pipeline.scheduler, clean, noise, timesteps)
-    output = predict(pipeline.unet, x, timesteps, prompt_embeds, negative_embeds, dtype)
+    output = predict(denoiser(pipeline), x, timesteps, prompt_embeds, negative_embeds, dtype)
     return (guided(output, guidance_scale) - target).square().flatten(1).mean(1)
 
 
@@ -142,8 +143,7 @@ def fit(run):
     config, device, pipeline = run.config, run.device, run.pipeline
     pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
     updates = config.updates * config.inner_epochs  # of an epoch
-    guidance_scale = trained_guidance(config)
-    timesteps = training_timesteps(pipeline.scheduler)
+    timesteps = pipeline.scheduler.timesteps.sort().values  # all of the network's, not the sampler's
 
     over = begin(run, describe(run, updates, pairs, "(picture, t, ε)"))
     while not over:
@@ -162,7 +162,6 @@ def fit(run):
         share = len(chosen) / len(weights)  # the mean over the chosen, times this, is that over all
 
         # 4. update
-        negative_embeds = encode_prompts(pipeline, [""], run.cache) if guidance_scale else None
         losses, grad_norms = torch.zeros((), device=device), []
         updating = progress_bar(run, "updating", updates * len(shard(run, pairs)))
         for update in range(updates):
@@ -174,10 +173,9 @@ def fit(run):
             noise = torch.randn(pairs, *clean.shape[1:], generator=generator)
             for mine in shard(run, pairs).split(config.train_batch):
                 index = order[part * pairs + mine]  # which pictures
-                prompt_embeds = encode_prompts(pipeline, [prompts[i] for i in index], run.cache)
+                embeds = training_inputs(run, [prompts[i] for i in index])
                 loss = denoising_loss(pipeline, clean[index].to(device), noise[mine].to(device),
-                                      t[mine].to(device), prompt_embeds, negative_embeds,
-                                      guidance_scale, run.dtype)
+                                      t[mine].to(device), *embeds, run.dtype)
                 loss = (share * weights[index].to(device) * loss).sum() / pairs
                 run.scaler.scale(loss).backward()
                 losses += loss.detach()

@@ -117,11 +117,6 @@ def refuse(config, setting, advice):
     raise ValueError(f"--{setting.replace('_', '-')} {getattr(config, setting)}: {advice}")
 
 
-def trained_guidance(config):
-    """The guidance scale of the prediction that is trained, or None for the conditional one alone."""
-    return config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
-
-
 def watched(config):
     """The watched metrics: the rewards of --watch that are not trained on."""
     names = dict.fromkeys(name.strip() for name in config.watch.split(","))
