@@ -148,7 +148,7 @@ def draw_scene(rng, sprites, noun=None, kind=None):
 
 
 def draw_scenes(count, seed, **kwargs):
-    """`count` pictures, (count, 64, 64, 3) uint8, and their captions; the same for the same seed."""
+    """`count` pictures, (count, 64, 64, 3) uint8, and their captions: the same for each seed."""
     rng, sprites = np.random.default_rng(seed), load_sprites()
     pictures, captions = zip(*(draw_scene(rng, sprites, **kwargs) for _ in range(count)))
     return np.stack(pictures), list(captions)
