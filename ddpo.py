@@ -266,6 +266,8 @@ def check(config):
     for setting in ("advantage_clip", "clip_range"):
         if not getattr(config, setting) > 0:
             refuse(config, setting, "must be above 0")
+    if not config.eta > 0:
+        refuse(config, "eta", "must be above 0, since a deterministic sampler is no policy")
     if not config.kl >= 0:
         refuse(config, "kl", "must not be negative")
     check_choices(config, algorithm=("is", "sf"), advantages=("prompt", "group", "batch"),

@@ -41,7 +41,7 @@ class Settings:
     sample_batch: int = 32  # pictures denoised at once, on each process
     steps: int = 10  # T, denoising steps of a picture
     guidance_scale: float = 4.0  # of classifier-free guidance; 1 for none
-    eta: float = 1.0  # the sampler's noise; above 0, because a deterministic sampler is no policy
+    eta: float = 1.0  # the sampler's noise; 0 is deterministic, which ddpo.py cannot train
     window: str = ""  # "5:15": only these steps have noise and are trained ("" for all)
     group_size: int = 4  # pictures of each prompt in an epoch
 
@@ -144,8 +144,8 @@ def check(config):
     if not window or not int(window[1]) < int(window[2]) <= config.steps:
         refuse(config, "window", "give the first step and the one after the last, such as "
                f"0:{config.steps // 2}, of --steps {config.steps}")
-    if not 0 < config.eta <= 1:
-        refuse(config, "eta", "must be above 0, since a deterministic sampler is no policy, and at most 1")
+    if not 0 <= config.eta <= 1:
+        refuse(config, "eta", "must be at least 0 and at most 1")
     check_machine(config)
 
     config.updates = config.updates or 1

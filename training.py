@@ -158,7 +158,7 @@ def start(config, resume=False, reference=False):
     eta = step_etas(config.steps, config.eta, config.window)
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
     policy_steps = (table[:, 2] > 0).nonzero().flatten()  # a step without noise, such as some schedules' last, is no action
-    if len(policy_steps) == 0:
+    if config.eta and len(policy_steps) == 0:
         raise ValueError(f"--steps {config.steps}: every step of this scheduler is deterministic; choose more steps")
     if config.offload:  # the text encoder works where it is, once a prompt; the VAE comes to the device for each batch
         pipeline.text_encoder.to("cpu"), pipeline.vae.to("cpu")

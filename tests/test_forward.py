@@ -246,7 +246,7 @@ def test_two_processes_train_like_one(model, tmp_path):
     assert rows[0]["reward_mean"] == rows[1]["reward_mean"]
 
 
-@pytest.mark.parametrize("settings", [dict(reward="compress:0.5,incompress:0.1", lora_rank=2, kl=0.1), dict(guidance_scale=1.0, dtype="bf16"),
+@pytest.mark.parametrize("settings", [dict(reward="compress:0.5,incompress:0.1", lora_rank=2, kl=0.1), dict(guidance_scale=1.0, dtype="bf16", eta=0.0),
                                       dict(train_guidance=False, train_first=0.4, loss="awm")])
 def test_other_settings_run(model, tmp_path, settings):
     folder = train(tmp_path, model=model, **settings, epochs=1)
