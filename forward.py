@@ -22,7 +22,6 @@ function of any other, so their errors differ by a factor that depends on t alon
 timesteps. --weighting adaptive takes the errors of x̂_0, whatever the network predicts.
 """
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -49,7 +48,6 @@ class Config(Settings):
     clip_range: float = 1.0  # of awm's ratio; as published so wide that it seldom acts
     advantages: str = "group"  # group (the pictures of one prompt in an epoch), zero: the control
     advantage_clip: float = 5.0  # A_max: larger advantages count as it
-    train_first: float = 1.0  # share of the sampler's steps, from the first on, whose t are trained
     old_flat: int = 0  # updates before v_old trails v_θ, see old_decay
     old_rise: float = 0.001  # of the decay of v_old, with each update after these
     old_ceiling: float = 0.5  # largest decay of v_old
@@ -104,7 +102,7 @@ def old_decay(updates, flat, rise, ceiling):
 def check(config):
     """Fills in the settings that follow from others. Raises ValueError, one line, if they cannot work."""
     check_choices(config, loss=("nft", "awm"), weighting=("none", "adaptive"), advantages=("group", "zero"))
-    for setting in ("beta", "clip_range", "advantage_clip", "train_first"):
+    for setting in ("beta", "clip_range", "advantage_clip"):
         if not getattr(config, setting) > 0:
             refuse(config, setting, "must be above 0")
     for setting in ("kl", "old_flat", "old_rise", "old_ceiling"):
@@ -112,8 +110,6 @@ def check(config):
             refuse(config, setting, "must not be negative")
     if not config.old_ceiling < 1:
         refuse(config, "old_ceiling", "must be below 1, where v_old would stand still")
-    if not config.train_first <= 1:
-        refuse(config, "train_first", "must be at most 1")
     if config.group_size < 2:
         refuse(config, "group_size", "a group needs at least 2 pictures to compare")
     suffix = "" if config.name else f"-{config.loss}"
@@ -139,7 +135,8 @@ def train(config, resume=False):
 def fit(run):
     """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
     config, device, pipeline, parameters = run.config, run.device, run.pipeline, run.parameters
-    timesteps = run.timesteps[:math.ceil(config.train_first * len(run.timesteps))]  # of the sampler
+    timesteps = run.timesteps  # trained at: the sampler's, on which sampling depends
+    adaptive = config.weighting == "adaptive"
     pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
     updates = config.updates * config.inner_epochs  # of an epoch
     guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
@@ -181,7 +178,7 @@ def fit(run):
                 with using(parameters, old):  # without gradients
                     v_old = guided(predict(pipeline.unet, *inputs, run.dtype), guidance_scale)
                 output = predict(pipeline.unet, *inputs, run.dtype)
-                v, slope = guided(output, guidance_scale), slope if config.weighting == "adaptive" else None
+                v, slope = guided(output, guidance_scale), slope if adaptive else None
                 common = v, v_old, target, r[index].to(device), config.beta, slope
                 loss = nft_loss(*common) if config.loss == "nft" else awm_loss(*common, config.clip_range)
                 kl = torch.zeros((), device=device)
