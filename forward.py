@@ -4,7 +4,6 @@
     python forward.py --reward compress --loss awm            advantage weighted matching (2509.25050)
     python forward.py --reward compress --guidance-scale 1    no guidance at all, as published
     python forward.py --reward compress --advantages zero     the control: must not move the model
-    python forward.py --resume runs/compress-nft
 
 Sample pictures x_0 with the weights v_old, score them, noise them to x_t = α x_0 + s ε, and train the
 network v_θ there, where v is the target that it was pretrained on:
@@ -17,9 +16,8 @@ With e = v_old − v and δ = v_θ − v_old, nft is ‖e‖²/β + 2 (2r − 1)
 linear in the advantage, and a trust region around the weights that sampled. To first order awm is the
 same. At r = 1/2 its gradient is 0: the model cannot drift as rwr.py's does (tutorial 11).
 
-v is the network's own target: ε, VP's v, x_0, or the flow's ε − x_0. At a given x_t each is an affine
-function of any other, so their errors differ by a factor that depends on t alone, a weight of the
-timesteps. --weighting adaptive takes the errors of x̂_0, whatever the network predicts.
+v is the network's own target: ε, VP's v, x_0, or the flow's ε − x_0. At a given x_t each is affine in any
+other, so their errors differ by a factor of t alone. --weighting adaptive takes those of x̂_0 instead.
 """
 
 import time
@@ -52,8 +50,7 @@ class Config(Settings):
     old_rise: float = 0.001  # of the decay of v_old, with each update after these
     old_ceiling: float = 0.5  # largest decay of v_old
     kl: float = 0.0  # weight of the divergence from the base model, mean_D ‖v_θ − v_ref‖²
-    inner_epochs: int = 4  # passes over the pictures, with new t and ε each time: with those of v_old
-        # nearly as much work as ddpo.py's 5 steps of each picture
+    inner_epochs: int = 4  # passes over the pictures: with v_old's nearly the work of 5 steps in ddpo.py
 
 
 # In groups, as published, also where DDPO's paper has a buffer for each prompt.
@@ -135,13 +132,10 @@ def train(config, resume=False):
 def fit(run):
     """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
     config, device, pipeline, parameters = run.config, run.device, run.pipeline, run.parameters
-    timesteps = run.timesteps  # trained at: the sampler's, on which sampling depends
-    adaptive = config.weighting == "adaptive"
     pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
     updates = config.updates * config.inner_epochs  # of an epoch
     guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
-    saved = run.saved["old"] if run.saved else parameters
-    old = [value.detach().to(device, copy=True) for value in saved]
+    old = [value.detach().to(device, copy=True) for value in (run.saved["old"] if run.saved else parameters)]
 
     over = begin(run, describe(run, updates, pairs, "(picture, t, ε)", teachers=1 + (config.kl > 0)))
     while not over:
@@ -150,40 +144,36 @@ def fit(run):
         # 1. sample with v_old, 2. reward
         with using(parameters, old):
             prompts, trajectories, scores, seconds = collect(run, epoch)
-        clean = torch.cat(gather([trajectories.latents[:, -1].cpu().clone()]))  # (images, C, H, W)
+        clean = torch.cat(gather([trajectories.latents[:, -1].cpu().clone()])).to(device)  # (images, C, H, W)
         del trajectories  # how the pictures came about is of no use here
 
         # 3. advantages
-        r = torch.full((config.images,), 0.5)
-        if config.advantages == "group":
-            r = optimality(mixed_advantages(run, prompts, scores, None), config.advantage_clip)
+        advantages = mixed_advantages(run, prompts, scores, None) * (config.advantages != "zero")
+        r = optimality(advantages, config.advantage_clip)
 
         # 4. update
         negative_embeds = encode_prompts(pipeline, [""], run.cache) if guidance_scale else None
         totals, grad_norms = torch.zeros(3, device=device), []
-        generator = seeded(config.seed, epoch, 2)
-        steps = torch.rand(config.images, len(timesteps), generator=generator).argsort(1)
+        steps = torch.rand(config.images, config.steps, generator=seeded(config.seed, epoch, 2)).argsort(1)
         updating = progress_bar(run, "updating", updates * len(shard(run, pairs)))
         for update in range(updates):
             inner, part = divmod(update, config.updates)
             order = torch.randperm(config.images, generator=seeded(config.seed, epoch, 3, inner))
-            generator = seeded(config.seed, epoch, 4, update)
-            noise = torch.randn(pairs, *clean.shape[1:], generator=generator).to(device)
+            noise = torch.randn(pairs, *clean.shape[1:], generator=seeded(config.seed, epoch, 4, update))
             for mine in shard(run, pairs).split(config.train_batch):
                 index = order.split(pairs)[part][mine]  # which pictures
-                t = timesteps[steps[index, inner % len(timesteps)].to(device)]
-                x, target, slope = noised(pipeline.scheduler, clean[index].to(device), noise[mine], t)
+                t = run.timesteps[steps[index, inner % config.steps].to(device)]  # of the sampler
+                x, target, slope = noised(pipeline.scheduler, clean[index], noise[mine].to(device), t)
                 embeds = encode_prompts(pipeline, [prompts[i] for i in index], run.cache)
                 inputs = x, t, embeds, negative_embeds
                 with using(parameters, old):  # without gradients
                     v_old = guided(predict(pipeline.unet, *inputs, run.dtype), guidance_scale)
                 output = predict(pipeline.unet, *inputs, run.dtype)
-                v, slope = guided(output, guidance_scale), slope if adaptive else None
+                v, slope = guided(output, guidance_scale), slope if config.weighting == "adaptive" else None
                 common = v, v_old, target, r[index].to(device), config.beta, slope
                 loss = nft_loss(*common) if config.loss == "nft" else awm_loss(*common, config.clip_range)
-                kl = torch.zeros((), device=device)
-                if config.kl:
-                    kl = kl_loss(output, reference_output(run, *inputs), guidance_scale).sum()
+                reference = reference_output(run, *inputs) if config.kl else output.detach()
+                kl = kl_loss(output, reference, guidance_scale).sum()
                 run.scaler.scale((loss.sum() + config.kl * kl) / pairs).backward()
                 totals += torch.stack([loss.sum(), matching_error(v, v_old).sum(), kl]).detach()
                 updating.update(len(index))
