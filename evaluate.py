@@ -6,12 +6,16 @@ the pictures of one prompt are. `guard` turns that into two decisions: which epo
 the result, and when to stop.
 """
 
+import time
+
 import torch
+from tqdm import tqdm
 
 from prompts import load_prompts, set_names
 from rewards import clip_image_embeddings, clip_top1
-from run_folder import picture_grid, stack_pictures
-from training import averaged, gather, progress_bar, rollout, score, shard, watched
+from run_folder import draw_progress, picture_grid, save_picture
+from settings import watched
+from training import averaged, close, gather, log, progress_bar, rollout, save, score, shard
 
 
 def fixed_prompts(prompts, count):
@@ -68,9 +72,8 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
         row[f"{view}_diversity"] = diversity(torch.stack(embeddings), prompts)
     if view == "eval" and run.rank == 0:
         strip = picture_grid([torch.stack(pictures)], [f"epoch {epoch}"], prompts[:16:2] if epoch == 0 else None)
-        strip.save(run.folder / "progress" / f"{epoch:06d}.png")
-        evaluated = sorted(path for path in (run.folder / "progress").glob("*.png") if int(path.stem) <= epoch)
-        stack_pictures(evaluated, run.folder / "progress.png")
+        save_picture(strip, run.folder / "progress" / f"{epoch:06d}.png")
+        draw_progress(run.folder, epoch)
     return row
 
 
@@ -127,3 +130,43 @@ def summary(run):
         change = (kept[key] - first[key]) / max(abs(first[key]), 1e-9)
         lines.append(f"    {key.removeprefix('eval_'):<12} {first[key]:8.3f} -> {kept[key]:.3f}  ({change:+.0%})")
     return "\n".join([*lines, f'next: python sample.py --lora {run.folder} --prompt "a cat" --prompt "a panda"'])
+
+
+def begin(run, description):
+    """What a loop does before its first epoch. Returns whether the run is over, as a resumed one may be."""
+    config = run.config
+    if run.rank == 0:
+        print(description, flush=True)
+    if run.epoch == 0:
+        log(run, {"epoch": 0, "images": 0} | evaluate(run, 0))
+    run.bar = tqdm(total=config.epochs, initial=run.epoch, desc=config.name, unit="epoch", disable=run.rank > 0)
+    return run.epoch >= config.epochs or guard(run.rows, config)[1]
+
+
+def end_epoch(run, row, clock, **state):
+    """What a loop does after an epoch's updates: evaluates, logs the row, saves. Returns whether the run is over.
+
+    clock: time.perf_counter() at the epoch's start. state: what the loop wants back in run.saved when it is
+    resumed."""
+    config, run.epoch = run.config, row["epoch"]
+    last = run.epoch >= config.epochs
+    if run.epoch % config.eval_every == 0 or last:
+        row |= evaluate(run, run.epoch)
+        row["seconds_eval"] = time.perf_counter() - clock - row["seconds"]
+    log(run, row)
+    best, stop = guard(run.rows, config)
+    if run.epoch % config.checkpoint_every == 0 or run.epoch == best or last or stop:
+        save(run, run.epoch, best, **state)
+    run.bar.set_postfix(reward=f"{row['reward_mean']:.3f}",
+                        **{name: f"{row[f'reward_{name}']:.3f}" for name in watched(config)})
+    run.bar.update()
+    return last or stop
+
+
+def finish(run):
+    """Says what has changed. Returns the run's folder."""
+    run.bar.close()
+    close(run)
+    if run.rank == 0:
+        print(summary(run))
+    return run.folder

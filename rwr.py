@@ -20,50 +20,42 @@ the denoiser of the pictures that it draws, so fitting it to them moves it: the 
 each generation is smoother than the last. What the reward adds is the difference to the control (`python reproduce.py algorithms`).
 """
 
-import sys
 import time
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-import ddpo
-from evaluate import evaluate, guard
+import settings
+from ddpo import batch_advantages
+from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
 from sample import encode_prompts, is_emoji, predict
-from training import apply_gradients, collect, gather, log, progress_bar, reduce, reward_row, save, seeded, shard, start, time_row, watched
+from settings import Settings, check_choices, refuse
+from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce, reward_row,
+                      seeded, shard, start, time_row)
 
 
 @dataclass
-class Config(ddpo.Config):
-    """ddpo.py's settings, and what differs: an epoch makes updates · inner_epochs updates of images / updates pictures each."""
+class Config(Settings):
+    """The shared settings (settings.py), and RWR's own. An epoch makes updates · inner_epochs updates of
+    images / updates pictures each."""
 
+    # RWR
     weights: str = "exp"  # exp (RWR), sparse (RWR-sparse)
     beta: float = 2.0  # in exp(β r): 1/temperature, with r in standard deviations, see `weigh`
     top: float = 0.1  # share of the pictures that RWR-sparse trains on
-    per_prompt: bool = True  # weigh each picture among those of its prompt, instead of among all of the epoch
-    updates: int = 1  # an inner epoch
-    inner_epochs: int = 5  # passes over the pictures, with new t and ε each time: as many UNet rows as ddpo.py's 5 steps a picture
-    lr: float = 0.0  # 0: ddpo.py's, but a quarter of it on the emoji model, whose pictures wash out above
-
-    # What only a policy gradient has. ClassVar: no fields, so no flags either.
-    algorithm: ClassVar = "is"
-    advantages: ClassVar = "batch"
-    buffer_size: ClassVar = 32
-    min_count: ClassVar = 16
-    advantage_clip: ClassVar = 5.0
-    timestep_fraction: ClassVar = 1.0
-    train_first: ClassVar = 1.0
-    step_weights: ClassVar = "none"
-    clip_range: ClassVar = 1e-4
-    kl: ClassVar = 0.0
+    per_prompt: bool = True  # weigh a picture among those of its prompt, not among all of the epoch
+    inner_epochs: int = 5  # passes over the pictures, with new t and ε each time: as many network rows
+        # as ddpo.py's 5 steps of each picture
+    lr: float = 0.0  # 0: that of ddpo.py, but a quarter of it on the emoji model, whose pictures wash
+        # out above
 
 
-# The paper: 10k pictures an iteration, 400 updates of 128. Here a tenth of the pictures, in groups, since weights compare those of a prompt.
-PRESETS = {name: {key: value for key, value in preset.items() if key in {field.name for field in fields(Config)}} |
-           (dict(images=1024, updates=8, group_size=4, epochs=20, eval_every=2, checkpoint_every=1) if preset else {})
-           for name, preset in ddpo.PRESETS.items()}
+# The paper: 10k pictures an iteration, 400 updates of 128. Here a tenth of the pictures, in groups, because
+# weights compare the pictures of a prompt.
+PRESETS = {name: preset and preset | dict(images=1024, updates=8, group_size=4, epochs=20, eval_every=2,
+                                          checkpoint_every=1)
+           for name, preset in settings.PRESETS.items()}
 
 
 def exp_weights(rewards, beta):
@@ -108,59 +100,56 @@ def denoising_loss(pipeline, clean, noise, timesteps, prompt_embeds, negative_em
 
 
 def check(config):
-    """As ddpo.check: fill in what follows from other settings, refuse what cannot work."""
-    def refuse(setting, advice):
-        raise ValueError(f"--{setting.replace('_', '-')} {getattr(config, setting)}: {advice}")
-
-    if config.weights not in ("exp", "sparse"):
-        refuse("weights", "unknown; choose exp, sparse")
+    """Fills in the settings that follow from others. Raises ValueError, one line, for what cannot work."""
+    check_choices(config, weights=("exp", "sparse"))
     if not config.beta >= 0:
-        refuse("beta", "must not be negative")
+        refuse(config, "beta", "must not be negative")
     if not 0 < config.top <= 1:
-        refuse("top", "must be above 0 and at most 1")
-    if config.updates < 1:
-        refuse("updates", "must be at least 1")
+        refuse(config, "top", "must be above 0 and at most 1")
     if config.per_prompt and config.group_size == 1:
-        refuse("group_size", "a picture that is alone with its prompt always weighs 1; choose at least 2, or --no-per-prompt")
-    suffix = "" if config.name else "-rwr-sparse" if config.weights == "sparse" else "-rwr"  # beside ddpo.py's runs
+        refuse(config, "group_size", "a picture that is alone with its prompt always weighs 1; choose at "
+               "least 2, or --no-per-prompt")
+    suffix = "" if config.name else "-rwr-sparse" if config.weights == "sparse" else "-rwr"
     slower = 4 if config.lr == 0 and is_emoji(config.model) else 1
-    config = ddpo.check(config)
-    config.name += suffix
+    config = settings.check(config)
+    config.name += suffix  # beside the runs of ddpo.py
     config.lr /= slower
     return config
 
 
+def parse_config(arguments):
+    """(Config, resume) from the command line."""
+    return settings.parse_config(arguments, Config, PRESETS, __doc__)
+
+
+def prepare(config, resume=False):
+    return start(check(config), resume)
+
+
 def train(config, resume=False):
     """As ddpo.train: the run's folder."""
-    return fit(start(check(config), resume))
+    return fit(prepare(config, resume))
 
 
 def fit(run):
-    """The loop: sample, reward, weights, update, log."""
+    """The loop: sample, reward, weights, update, log. Returns the run's folder."""
     config, device, pipeline = run.config, run.device, run.pipeline
     pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
-    updates = config.updates * config.inner_epochs  # an epoch
+    updates = config.updates * config.inner_epochs  # of an epoch
     guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
     total = pipeline.scheduler.config.num_train_timesteps
 
-    if run.rank == 0:
-        print(f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, {updates} updates of {pairs} "
-              f"(picture, t, ε) each; {sum(p.numel() for p in run.parameters) / 1e6:.2f} M parameters at lr {config.lr:g}, {config.dtype}",
-              flush=True)
-    if run.epoch == 0:
-        log(run, {"epoch": 0, "images": 0} | evaluate(run, 0))
-    best, stop = guard(run.rows, config)
-    bar = tqdm(total=config.epochs, initial=run.epoch, desc=config.name, unit="epoch", disable=run.rank > 0)
-    while run.epoch < config.epochs and not stop:
+    over = begin(run, describe(run, updates, pairs, "(picture, t, ε)"))
+    while not over:
         epoch, clock = run.epoch + 1, time.perf_counter()
 
         # 1. sample, 2. reward
-        prompts, trajectories, scores, (seconds_sample, seconds_reward) = collect(run, epoch)
+        prompts, trajectories, scores, seconds = collect(run, epoch)
         clean = torch.cat(gather([trajectories.latents[:, -1].cpu().clone()]))  # (images, C, H, W): x_0 of all processes
         del trajectories  # how the pictures came about is of no use here
 
         # 3. weights: each part of a mixture in its own units
-        rewards = sum(weight * ddpo.batch_advantages(scores[name]) for name, weight in run.components.items())
+        rewards = sum(weight * batch_advantages(scores[name]) for name, weight in run.components.items())
         weights = weigh(rewards, prompts, config)
         chosen = weights.nonzero().flatten()  # no pass through the network for what counts nothing
         share = len(chosen) / len(weights)  # the mean over the chosen, times this, is the mean over all
@@ -192,23 +181,13 @@ def fit(run):
         row = {"epoch": epoch, "images": epoch * config.images} | reward_row(run, scores)
         row |= {"loss": (reduce(losses) / updates).item(), "grad_norm": sum(grad_norms) / len(grad_norms), "weight_max": weights.max().item(),
                 "weight_share": (weights.sum()**2 / (len(weights) * weights.square().sum())).item()}  # effective sample size / n: (Σw)² / (n Σw²)
-        row |= time_row(run, clock, seconds_sample, seconds_reward)
-        if epoch % config.eval_every == 0 or epoch == config.epochs:
-            row |= evaluate(run, epoch)
-            row["seconds_eval"] = time.perf_counter() - clock - row["seconds"]
-        log(run, row)
-        best, stop = guard(run.rows, config)
-        if epoch % config.checkpoint_every == 0 or epoch in (best, config.epochs) or stop:
-            save(run, epoch, best)
-        run.epoch = epoch
-        bar.set_postfix(reward=f"{row['reward_mean']:.3f}", **{name: f"{row[f'reward_{name}']:.3f}" for name in watched(config)})
-        bar.update()
-    bar.close()
-    return run.folder
+        row |= time_row(run, clock, *seconds)
+        over = end_epoch(run, row, clock)
+    return finish(run)
 
 
 def main(arguments=None):
-    ddpo.main(arguments, sys.modules[__name__])
+    command_line(arguments, parse_config, prepare, fit)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,30 @@
 """The loss of one stored denoising step and its gradient, in one launch.
 
-The sampler stored x, the step x' that it took, and log p_old of that step. Training runs the network on x again and asks how
-likely x' is now (ddim_step.py: r = (x' − μ)/σ, log p = mean_D[−r²/2] − log σ − ½ log 2π), then weighs it by the
-sample's advantage A:
+The sampler stored x, the step x' that it took, and log p_old of that step. Training runs the
+network on x again and asks how likely x' is now (ddim_step.py: r = (x' − μ)/σ,
+log p = mean_D[−r²/2] − log σ − ½ log 2π). It multiplies the answer by the sample's advantage A:
 
-    ρ = exp(log p − log p_old)                              1 while the policy is the one that sampled
+    ρ = exp(log p − log p_old)                      1 while the policy is the one that sampled
     importance sampling:  L = max(−A ρ, −A clip(ρ, 1−c, 1+c))
-    score function:       L = −A log p                      clip_range=None; only right on policy, where both gradients agree
+    score function:       L = −A log p              clip_range=None; only right on policy
 
-log p is a mean over D elements, so ρ is the D-th root of the true ratio, which is why c is as small as 1e-4.
+On policy both losses have the same gradient. log p is a mean over D elements, so ρ is the D-th
+root of the true ratio: this is why c is as small as 1e-4.
 
-The gradient is short enough to write down. The unclipped branch wins ties; the clipped one is constant:
+The gradient is short enough to write down. The unclipped branch wins ties; the clipped one is
+constant:
 
-    g = ∂L/∂log p = −A ρ  if −A ρ ≥ −A clip(ρ), else 0                          (score function: −A)
-    ∂log p/∂o  = r·c_o/(σ D)                                since ∂log p/∂μ = r/(σ D) and ∂μ/∂o = c_o
+    g = ∂L/∂log p = −A ρ  if −A ρ ≥ −A clip(ρ), else 0                  (score function: −A)
+    ∂log p/∂o  = r·c_o/(σ D)                        since ∂log p/∂μ = r/(σ D) and ∂μ/∂o = c_o
     o = (1−w) o_u + w o_c, so ∂L/∂o_u = (1−w) ∂L/∂o and ∂L/∂o_c = w ∂L/∂o
 
-so the pass that computes the loss knows the gradient as well, and writes it in the network's own (2B, …) layout. The
-training loop calls `torch.autograd.backward([noise_pred], [grad])`: no loss graph, no saved intermediates. `scale` carries what would
-otherwise multiply the loss afterwards, 1/accumulation and the float16 loss scale: in float16 the unscaled gradient of one
-element, about 1/(D B), would already have lost most of its bits.
+So the pass that computes the loss also has the gradient, and writes it in the network's own
+(2B, …) layout: no loss graph, no saved intermediates. `fused_ppo_loss` returns both.
+`policy_loss` wraps it for autograd: its forward stores the gradient, its backward returns it.
+
+`scale` carries what would otherwise multiply the loss afterwards: 1/accumulation and the float16
+loss scale. The kernel applies it before it rounds. An unscaled gradient of one element, about
+1/(D B), would already have lost most of its bits in float16.
 
 Where the time goes, counted by `python benchmarks/kernels.py` as in ddim_step.py:
 
@@ -28,38 +33,58 @@ Where the time goes, counted by `python benchmarks/kernels.py` as in ddim_step.p
     with the table of coefficients             57   192
     here                                        1    24
 
-What is not gained: see ddim_step.py. Beside a large network's forward and backward pass all of this is small change. And a
-penalty on the distance to a reference network is left to torch: it needs that network's forward pass, beside which it is free.
+`policy_loss` adds one multiplication of the stored gradient by what autograd hands to it (16
+bytes an element with guidance). To leave it out where that factor is 1, the CPU would have to
+wait for the GPU.
 
-How the work is divided. Every element's gradient needs the sum over all of its sample's elements. So one program takes a
-sample of up to 16,384 elements and keeps its residuals in registers: each input is read once. For larger samples
-that is impossible: one launch sums the blocks' squares, a second reads the inputs again (40 bytes an element, not 24) and
-writes the gradient. The sums are those of ddim_step.py, function by function and in the same order, so on policy ρ = 1
-exactly, in every dtype. NaN anywhere in a sample's inputs comes out as NaN, in the loss and in the gradient.
+What is not gained: see ddim_step.py. Beside a large network's forward and backward pass all of
+this is small change. A penalty on the distance to a reference network is left to torch: it needs
+that network's forward pass, beside which it is free.
+
+How the work is divided. Every element's gradient needs the sum over all elements of its sample.
+So one program takes a sample of up to 16,384 elements and keeps its residuals in registers: each
+input is read once. Larger samples do not fit. For those, one launch sums the blocks' squares, and
+a second reads the inputs again (40 bytes an element, not 24) and writes the gradient. The sums
+are those of ddim_step.py, function by function and in the same order, so on policy ρ = 1 exactly,
+in every dtype. A NaN anywhere in a sample's inputs makes its loss and its gradient NaN.
 """
 
 import torch
 
 from kernels import ddim_step, triton, use_triton
-from kernels.ddim_step import BLOCKS_PER_PROGRAM, check, check_step, columns, division, guided, launch_options
+from kernels.ddim_step import BLOCKS_PER_PROGRAM, columns, division, guided, launch_options
+from kernels.ddim_step import check, check_step
+
+
+def weighted(log_prob, old_log_prob, advantages, clip_range):
+    """(loss, ratio, clipped), each (B,), in plain torch. Differentiable in log_prob."""
+    ratio = torch.exp(log_prob - old_log_prob)
+    if clip_range is None:
+        return -advantages * log_prob, ratio, torch.zeros_like(ratio, dtype=torch.bool)
+    low, high = 1 - clip_range, 1 + clip_range
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
+    return loss, ratio, (ratio < low) | (ratio > high)
 
 
 @torch.no_grad()
-def reference(noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, clip_range, guidance_scale=None, scale=1.0):
-    """fused_ppo_loss in plain torch, on any device, with the gradient written out as in the formulas above."""
-    _, log_prob = ddim_step.reference(noise_pred, latents, coefficients, guidance_scale, next_latents=next_latents)
-    ratio = torch.exp(log_prob - old_log_prob)
+def reference(
+    noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, clip_range,
+    guidance_scale=None, scale=1.0,
+):  # fmt: skip
+    """fused_ppo_loss in plain torch, on any device, its gradient written out as above."""
+    _, log_prob = ddim_step.reference(
+        noise_pred, latents, coefficients, guidance_scale, next_latents=next_latents
+    )
+    loss, ratio, clipped = weighted(log_prob, old_log_prob, advantages, clip_range)
     if clip_range is None:
-        loss, slope, clipped = -advantages * log_prob, -advantages, torch.zeros_like(ratio, dtype=torch.bool)
+        slope = -advantages
     else:
-        low, high = 1 - clip_range, 1 + clip_range
-        unclipped, limited = -advantages * ratio, -advantages * ratio.clamp(low, high)
-        loss = torch.maximum(unclipped, limited)
-        slope = torch.where(limited > unclipped, 0, unclipped)  # this way round, a NaN is not limited and stays
-        clipped = (ratio < low) | (ratio > high)
+        unclipped = -advantages * ratio
+        slope = torch.where(loss > unclipped, 0, unclipped)  # in this order a NaN is kept
 
     c_x, c_o, sigma, _ = columns(coefficients, latents)
-    residual = (next_latents - c_x * latents - c_o * guided(noise_pred, guidance_scale)) / sigma
+    mean = c_x * latents + c_o * guided(noise_pred, guidance_scale)
+    residual = (next_latents - mean) / sigma
     slope = (scale * slope).view(-1, *[1] * (latents.dim() - 1))
     grad = slope * c_o / (sigma * latents[0].numel()) * residual
     if guidance_scale is not None:
@@ -76,7 +101,8 @@ if triton:
     def _loss_kernel(
         noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, block_sums,
         loss, log_prob, ratio, clipped, grad, guidance_scale, low, high, scale,
-        N: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, OWN: tl.constexpr, ROW: tl.constexpr,
+        N: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+        BLOCKS_HERE: tl.constexpr, ROW: tl.constexpr,
         GUIDED: tl.constexpr, CLIP: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     ):  # fmt: skip
         sample = tl.program_id(0)
@@ -86,7 +112,7 @@ if triton:
         log_sigma = tl.load(coefficients + sample * ROW + 3).to(tl.float32)
 
         residuals = ()  # unrolled, so these stay in registers
-        for i in tl.static_range(OWN):
+        for i in tl.static_range(BLOCKS_HERE):
             element = (tl.program_id(1) + i) * BLOCK + tl.arange(0, BLOCK)
             mask = element < N
             at = sample.to(tl.int64) * N + element
@@ -96,7 +122,7 @@ if triton:
 
         squares = 0.0
         if block_sums is None:
-            for i in tl.static_range(OWN):
+            for i in tl.static_range(BLOCKS_HERE):
                 squares += tl.sum(residuals[i] * residuals[i], axis=0)
         else:
             for i in range(BLOCKS):
@@ -124,7 +150,7 @@ if triton:
         else:
             slope *= scale
         slope *= c_o / (sigma * N)
-        for i in tl.static_range(OWN):
+        for i in tl.static_range(BLOCKS_HERE):
             element = (tl.program_id(1) + i) * BLOCK + tl.arange(0, BLOCK)
             at = sample.to(tl.int64) * N + element
             g = slope * residuals[i]
@@ -135,46 +161,114 @@ if triton:
             tl.store(grad + at, g.to(grad.dtype.element_ty), element < N)
 
 
-def fused_ppo_loss(
-    noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, clip_range, guidance_scale=None, scale=1.0
-):
-    """Returns (loss (B,), log_prob (B,), ratio (B,), clipped (B,) bool, grad): all float32, but for grad, which is like noise_pred.
-
-    grad is that of scale·loss.sum() with respect to noise_pred, for `noise_pred.backward(grad)`; loss itself is not scaled.
-    clipped: the ratio lies outside [1 − clip_range, 1 + clip_range]; the gradient is 0 only where that side is also the
-    one that the loss limits. clip_range=None: the score function, nothing clipped.
-    noise_pred, latents, coefficients, guidance_scale: as in fused_ddim_step; next_latents: like latents, as stored;
-    old_log_prob, advantages: (B,) float32; scale: a number, or a tensor of one element on the device, read there.
-    Raises ValueError if shapes, dtypes or devices do not fit, or a tensor is not contiguous.
-    """
+def check_policy(
+    noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, clip_range,
+    guidance_scale=None, scale=1.0,
+):  # fmt: skip
+    """What fused_ppo_loss and policy_loss demand alike."""
     check_step(noise_pred, latents, coefficients, guidance_scale, next_latents)
-    check("old_log_prob", old_log_prob, latents.shape[:1], latents.device, (torch.float32, torch.float64))
-    check("advantages", advantages, latents.shape[:1], latents.device, (torch.float32, torch.float64))
-    scale_on_device = isinstance(scale, torch.Tensor)
-    if scale_on_device:
+    numbers = torch.float32, torch.float64
+    check("old_log_prob", old_log_prob, latents.shape[:1], latents.device, numbers)
+    check("advantages", advantages, latents.shape[:1], latents.device, numbers)
+    if isinstance(scale, torch.Tensor):
         check("scale", scale.flatten(), (1,), latents.device)
 
-    if not use_triton(latents):
-        return reference(noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, clip_range, guidance_scale, scale)
 
-    batch = len(latents)
+def fused_ppo_loss(
+    noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, clip_range,
+    guidance_scale=None, scale=1.0,
+):  # fmt: skip
+    """(loss (B,), log_prob (B,), ratio (B,), clipped (B,) bool, grad), float32 but for grad.
+
+    grad: that of scale·loss.sum() with respect to noise_pred, like noise_pred, for
+      `noise_pred.backward(grad)`. loss itself is not scaled.
+    clipped: the ratio lies outside [1 − clip_range, 1 + clip_range]. The gradient is 0 only where
+      that side is also the one that the loss limits.
+    clip_range: None means the score function, where nothing is clipped.
+    noise_pred, latents, coefficients, guidance_scale: as in fused_ddim_step.
+    next_latents: like latents, as stored. old_log_prob, advantages: (B,) float32.
+    scale: a number, or a tensor of one element on the device, read there.
+
+    Raises ValueError if shapes, dtypes or devices do not fit, or a tensor is not contiguous.
+    """
+    policy = next_latents, coefficients, old_log_prob, advantages, clip_range, guidance_scale, scale
+    check_policy(noise_pred, latents, *policy)
+    if not use_triton(latents):
+        return reference(noise_pred, latents, *policy)
+
+    batch, device = len(latents), latents.device
     elements, block, blocks, split = division(latents)
     split = split or blocks > BLOCKS_PER_PROGRAM
-    loss, log_prob, ratio = torch.empty(3, batch, dtype=torch.float32, device=latents.device)
-    clipped = torch.empty(batch, dtype=torch.bool, device=latents.device)
+    loss, log_prob, ratio = torch.empty(3, batch, dtype=torch.float32, device=device)
+    clipped = torch.empty(batch, dtype=torch.bool, device=device)
     grad = torch.empty_like(noise_pred)
-    block_sums = torch.empty(batch, blocks, dtype=torch.float32, device=latents.device) if split else None
-    sizes = dict(N=elements, BLOCK=block, BLOCKS=blocks, OWN=1 if split else blocks, ROW=0 if coefficients.dim() == 1 else 4)
+    block_sums = None
+    if split:
+        block_sums = torch.empty(batch, blocks, dtype=torch.float32, device=device)
+
+    guidance = float(guidance_scale or 0)
+    low, high = 1.0 - (clip_range or 0), 1.0 + (clip_range or 0)
+    scale_on_device = isinstance(scale, torch.Tensor)
+    constants = dict(
+        N=elements, BLOCK=block, BLOCKS=blocks, BLOCKS_HERE=1 if split else blocks,
+        ROW=0 if coefficients.dim() == 1 else 4, GUIDED=guidance_scale is not None,
+        **launch_options(block),
+    )  # fmt: skip
     with torch.cuda.device_of(latents):
         if split:
             _forward_kernel[(batch, blocks)](
-                noise_pred, latents, coefficients, None, None, next_latents, None, block_sums, float(guidance_scale or 0),
-                GUIDED=guidance_scale is not None, SCORE=True, SEED_ON_DEVICE=False, **sizes, **launch_options(block),
+                noise_pred, latents, coefficients, None, None, next_latents, None, block_sums,
+                guidance, SCORE=True, SEED_ON_DEVICE=False, **constants,
             )  # fmt: skip
         _loss_kernel[(batch, blocks if split else 1)](
             noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, block_sums,
-            loss, log_prob, ratio, clipped, grad, float(guidance_scale or 0), 1.0 - (clip_range or 0), 1.0 + (clip_range or 0),
-            scale if scale_on_device else float(scale), GUIDED=guidance_scale is not None, CLIP=clip_range is not None,
-            SCALE_ON_DEVICE=scale_on_device, **sizes, **launch_options(block),
+            loss, log_prob, ratio, clipped, grad,
+            guidance, low, high, scale if scale_on_device else float(scale),
+            CLIP=clip_range is not None, SCALE_ON_DEVICE=scale_on_device, **constants,
         )  # fmt: skip
     return loss, log_prob, ratio, clipped, grad
+
+
+class _StoredGradient(torch.autograd.Function):
+    """The forward pass computes the gradient too and stores it; the backward pass returns it."""
+
+    @staticmethod
+    def forward(ctx, output, *arguments):
+        loss, log_prob, ratio, clipped, grad = fused_ppo_loss(output, *arguments)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(loss, log_prob, ratio, clipped)
+        ctx.set_materialize_grads(False)  # no zeros for the four outputs without a gradient
+        *_, scale = arguments
+        return scale * loss.sum(), loss, log_prob, ratio, clipped
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, *_):
+        (grad,) = ctx.saved_tensors
+        return upstream * grad, *[None] * 8
+
+
+def policy_loss(
+    output, latents, next_latents, coefficients, old_log_prob, advantages, clip_range,
+    guidance_scale=None, scale=1.0,
+):  # fmt: skip
+    """(objective (), loss (B,), log_prob (B,), ratio (B,), clipped (B,) bool), for autograd.
+
+    objective is scale·loss.sum(), differentiable in output alone, once. The other four are
+    detached. Arguments and errors: as in fused_ppo_loss, with output for noise_pred. In float16
+    pass the loss scale as `scale`: what multiplies the objective later meets a rounded gradient.
+
+    Where the kernel does not run, torch differentiates the formulas. The written-out gradient
+    would differ from that in the last bits, and recorded CPU runs would not repeat.
+    """
+    policy = next_latents, coefficients, old_log_prob, advantages, clip_range, guidance_scale, scale
+    if use_triton(latents):
+        return _StoredGradient.apply(output, latents, *policy)
+
+    check_policy(output, latents, *policy)
+    _, log_prob = ddim_step.reference(
+        output, latents, coefficients, guidance_scale, next_latents=next_latents
+    )
+    loss, ratio, clipped = weighted(log_prob, old_log_prob, advantages, clip_range)
+    objective = scale * loss.sum()
+    return objective, loss.detach(), log_prob.detach(), ratio.detach(), clipped

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ddpo
 import kernels
+import sample
 from kernels import ddim_step
 from kernels.ddim_step import fused_ddim_step
-from kernels.ppo_loss import fused_ppo_loss
+from kernels.ppo_loss import fused_ppo_loss, policy_loss
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,6 +111,100 @@ def test_loss_and_gradient_are_those_of_float64_autograd(backend, dtypes, predic
     if clip_range is not None:  # the loss limits gains above 1 + c and losses below 1 − c, and nothing else
         moves = grad.view(-1, 6, *grad.shape[1:]).abs().amax(dim=(0, 2, 3, 4)) > 0
         assert moves.tolist() == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("clip_range", [CLIP, None])
+@pytest.mark.parametrize("guidance_scale", [None, 5.0])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_policy_loss_is_differentiated_as_float64_autograd_would_do_it(
+    backend, dtypes, guidance_scale, clip_range
+):
+    p = problem((6, 3, 5, 7), "epsilon", guidance_scale, dtypes)
+    stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
+    off = CLIP * torch.tensor([0.5, -0.5, 3.0, 3.0, -3.0, -3.0], device=DEVICE)
+    policy = dict(p.call, next_latents=stored, old_log_prob=log_prob - off, advantages=p.advantages)
+    policy = {key: value for key, value in policy.items() if key != "noise_pred"}
+    scale = torch.tensor(37.0, device=DEVICE)
+    upstream = torch.tensor(-1.7, device=DEVICE)  # what a caller's own arithmetic hands back
+
+    output = p.call["noise_pred"].clone().requires_grad_()
+    objective, loss, *rest = policy_loss(output, **policy, clip_range=clip_range, scale=scale)
+    (upstream * objective).backward()
+
+    exact_output = p.call["noise_pred"].double().requires_grad_()
+    exact_log_prob = p.log_prob(stored, exact_output)
+    exact_ratio = (exact_log_prob - policy["old_log_prob"]).exp()
+    exact = -p.advantages * exact_log_prob
+    if clip_range is not None:
+        limited = -p.advantages * exact_ratio.clamp(1 - CLIP, 1 + CLIP)
+        exact = torch.maximum(-p.advantages * exact_ratio, limited)
+    (upstream.double() * scale * exact.sum()).backward()
+
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(objective, scale * loss.sum())
+    assert output.grad.dtype == dtypes[0]
+    largest = exact_output.grad.abs().max().item()
+    rounding = 2 * ROUNDING[dtypes[0]]  # the stored gradient is rounded, and so is its product
+    torch.testing.assert_close(
+        output.grad.double(), exact_output.grad, rtol=rounding, atol=1e-5 * largest
+    )
+    of_kernel = fused_ppo_loss(output.detach(), **policy, clip_range=clip_range, scale=scale)
+    for ours, theirs in zip((loss, *rest), of_kernel):  # loss, log_prob, ratio, clipped
+        assert not ours.requires_grad and torch.equal(ours, theirs)
+
+
+def test_policy_loss_adds_up_with_another_loss_of_the_same_output(backend):
+    p = problem((4, 3, 5, 7))
+    stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
+    policy = dict(next_latents=stored, old_log_prob=log_prob, advantages=p.advantages)
+    policy |= dict(clip_range=CLIP, scale=1 / 32)
+    call = dict(p.call)
+    output = call.pop("noise_pred").requires_grad_()
+    gradient = lambda loss: torch.autograd.grad(loss, output)[0]
+    alone = gradient(policy_loss(output, **call, **policy)[0])
+    penalty = gradient(output.square().mean())
+    both = gradient(policy_loss(output, **call, **policy)[0] + output.square().mean())
+    torch.testing.assert_close(both, alone + penalty)
+    assert alone.abs().max() > 0 and penalty.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)])
+def test_on_torch_policy_loss_has_the_bits_of_the_step_and_the_two_losses_of_ddpo(dtypes):
+    p = problem((6, 3, 5, 7), dtypes=dtypes)
+    stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
+    call = dict(p.call)
+    output = call.pop("noise_pred").requires_grad_()
+    guidance = dict(guidance_scale=call.pop("guidance_scale"))
+    old = log_prob - CLIP * torch.linspace(-2, 2, 6, device=DEVICE)
+    gradient = lambda loss: torch.autograd.grad(loss, output)[0]
+    kernels.BACKEND = "torch"
+    for clip_range in (CLIP, None):
+        objective, *_ = policy_loss(
+            output, **call, next_latents=stored, old_log_prob=old, advantages=p.advantages,
+            clip_range=clip_range, scale=1 / 96, **guidance,
+        )  # fmt: skip
+        _, again = sample.ddim_step(output, **call, next_latents=stored, **guidance)
+        loss = ddpo.sf_loss(again, p.advantages)
+        if clip_range is not None:
+            loss = ddpo.is_loss(again, old, p.advantages, clip_range)
+        assert torch.equal(gradient(objective), gradient(loss.sum() / 96))
+
+
+def test_in_float16_the_scale_inside_keeps_what_a_scale_outside_would_lose(backend):
+    p = problem((2, 4, 32, 32), dtypes=(F16, F32))
+    stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
+    policy = dict(next_latents=stored, old_log_prob=log_prob, advantages=1e-3 * p.advantages)
+    call = dict(p.call)
+    output = call.pop("noise_pred").requires_grad_()
+    gradient = lambda loss: torch.autograd.grad(loss, output)[0].double()
+    inside = gradient(policy_loss(output, **call, **policy, clip_range=None, scale=2.0**12)[0])
+    exact = output.detach().double().requires_grad_()
+    (2.0**12 * -policy["advantages"] * p.log_prob(stored, exact)).sum().backward()
+    error = lambda got: ((got - exact.grad).norm() / exact.grad.norm()).item()
+    assert error(inside) < 1e-3
+    if backend == "triton":  # torch computes in float32 and rounds once, at the end
+        outside = gradient(2.0**12 * policy_loss(output, **call, **policy, clip_range=None)[0])
+        assert error(outside) > 10 * error(inside)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 63, 65), (1, 4, 64, 64), (1, 5, 115, 117), (1, 4, 128, 128)])

@@ -1,0 +1,288 @@
+"""The settings that all training loops share: their defaults, presets, checks, and the command line.
+
+Each loop (`ddpo.py`, `rwr.py`, ...) has a `Config` that inherits `Settings` and adds its own. The comment
+behind a field is also its text in `--help`, and a comment line above some fields is their heading there.
+"""
+
+import argparse
+import importlib.util
+import inspect
+import math
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+import kernels
+from rewards import parse_reward
+from run_folder import read_config
+from sample import DTYPES, default_device, is_emoji
+
+
+@dataclass
+class Settings:
+    """Defaults suit the emoji model on two CPU cores. PRESETS holds what differs elsewhere."""
+
+    # the run
+    reward: str = "compress"  # a name, a file.py:function, or a mixture such as "compress:0.3,clip:1"
+    watch: str = "clip"  # watched metrics: rewards that are logged and not trained on ("" for none)
+    prompts: str = "animals"  # a set of prompts.py, or a file: .txt with a prompt a line, or .jsonl
+    model: str = "models/emoji"  # a folder in diffusers' layout, or a hub id
+    preset: str = ""  # settings that go together, see PRESETS; flags that are given win
+    name: str = ""  # of the run's folder (default: the reward)
+    out: str = "runs"  # the folder of the run's folder
+    seed: int = 0  # everything random follows from it
+    epochs: int = 14  # at most, see --guard
+
+    # sampling
+    images: int = 96  # pictures an epoch, over all processes
+    sample_batch: int = 32  # pictures denoised at once, on each process
+    steps: int = 10  # T, denoising steps of a picture
+    guidance_scale: float = 4.0  # of classifier-free guidance; 1 for none
+    eta: float = 1.0  # the sampler's noise; above 0, because a deterministic sampler is no policy
+    window: str = ""  # "5:15": only these steps have noise and are trained ("" for all)
+    group_size: int = 4  # pictures of each prompt in an epoch
+
+    # updates
+    updates: int = 0  # of each inner epoch (0: the algorithm's own default)
+    inner_epochs: int = 1  # passes over an epoch's pictures
+    train_batch: int = 32  # rows through the network at once: memory, not mathematics
+    train_guidance: bool = True  # train the guided prediction, which is the one that samples
+    lora_rank: int = 0  # 0: train the whole network; on one as small as the emoji model that is
+        # faster, and the pictures suffer less
+    lora_targets: str = "to_q,to_k,to_v,to_out.0"  # layers that get an adapter, with --lora-rank
+    lr: float = 0.0  # 0: 3e-3 for LoRA and 1e-4 for the whole network; on other models than the
+        # emoji model 3e-4 and 1e-5
+    warmup: int = 20  # updates in which the learning rate rises, because Adam's first steps have
+        # full length, however noisy the gradient is
+    weight_decay: float = 1e-4  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient
+    optimizer: str = "adamw"  # adamw, or adamw8bit (needs bitsandbytes and a GPU)
+
+    # against over-optimisation
+    ema: float = 0.9  # evaluate and save weights averaged over about 1 / (1 - ema) updates (0: the newest)
+    guard: float = 0.6  # how far a watched metric may fall, in standard deviations of the base
+        # model's pictures (0: no guard)
+    patience: int = 2  # evaluations in a row that fail the guard, or do not improve --eval-prompts,
+        # before the run ends
+
+    # evaluation and saving
+    eval_every: int = 1  # epochs between evaluations (always before the first and after the last)
+    eval_images: int = 64  # pictures of an evaluation, two of each prompt
+    eval_prompts: str = ""  # more prompt sets to evaluate, such as "animals_held_out,objects"; the
+        # weights that are best for them are saved
+    eval_deterministic: bool = False  # evaluate the training prompts without the sampler's noise, too
+    checkpoint_every: int = 1  # epochs between checkpoints
+    tracker: str = "none"  # none, tensorboard, wandb
+
+    # the machine
+    device: str = ""  # cpu, cuda, mps (default: the best there is)
+    dtype: str = ""  # of the network's arithmetic: bf16, fp16, fp32 (default: bf16; fp32 on mps);
+        # log-probs are always float32
+    kernels: str = "auto"  # triton, torch, or auto: triton on a GPU
+    compile: bool = False  # the network, with torch.compile: minutes of waiting first
+    cuda_graph: bool = False  # launch a sampling step as one CUDA graph
+    gradient_checkpointing: bool = False  # a third more arithmetic, much less memory
+    offload: bool = False  # keep text encoder, VAE and trajectories in the computer's memory
+
+
+# The paper's settings (table 3 and app. D), with LoRA as in ddpo-pytorch. The shipped CLIP knows icons
+# alone, so it cannot watch photographs.
+PAPER = dict(
+    model="stable-diffusion-v1-5/stable-diffusion-v1-5", epochs=100, images=256, sample_batch=8,
+    steps=50, guidance_scale=5.0, advantages="prompt", group_size=1, train_first=1.0, warmup=0, ema=0.0,
+    train_batch=8, lora_rank=4, eval_every=10, eval_images=16, checkpoint_every=5, watch="",
+)
+# A sixteenth of the paper's work an epoch: groups, 20 steps, half of them trained.
+SMALLER = PAPER | dict(steps=20, images=64, advantages="group", group_size=4, timestep_fraction=0.5,
+                       sample_batch=4)
+PRESETS = {
+    "emoji": {},
+    "sd15": PAPER,  # one GPU with 24 GB or more, for as long as it takes
+    "sd15-24gb": SMALLER | dict(train_batch=4),
+    "sd15-10gb": SMALLER | dict(sample_batch=2, train_batch=1, gradient_checkpointing=True, offload=True),
+    "sd15-8gpu": PAPER | dict(sample_batch=16, train_batch=4),  # torchrun: 32 pictures on each of 8
+}
+PAPER_PROMPTS = {"compress": "imagenet_animals", "incompress": "imagenet_animals",
+                 "align": "animal_activities"}  # for other rewards: animals
+
+
+def refuse(config, setting, advice):
+    raise ValueError(f"--{setting.replace('_', '-')} {getattr(config, setting)}: {advice}")
+
+
+def watched(config):
+    """The watched metrics: the rewards of --watch that are not trained on."""
+    names = dict.fromkeys(name.strip() for name in config.watch.split(","))
+    return [name for name in names if name and name not in parse_reward(config.reward)]
+
+
+def check(config):
+    """Fills in the settings that follow from others. Raises ValueError, one line, for what cannot work."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not abs(value) <= 1e12:
+            refuse(config, field.name, "must be a finite number, at most 1e12")
+        if isinstance(value, int) and field.name != "seed" and abs(value) > 10**6:
+            refuse(config, field.name, "must be at most 1000000")
+    for name, weight in parse_reward(config.reward).items():
+        if abs(weight) > 1e6:
+            refuse(config, "reward", f"the weight of {name} must be at most 1e6")
+    for setting in ("epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs", "train_batch",
+                    "patience", "eval_every", "eval_images", "checkpoint_every"):
+        if getattr(config, setting) < 1:
+            refuse(config, setting, "must be at least 1")
+    if config.seed >= 2**63:
+        refuse(config, "seed", "must be below 2**63")
+    for setting in ("updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard", "guidance_scale"):
+        if getattr(config, setting) < 0:
+            refuse(config, setting, "must not be negative")
+    if config.grad_clip <= 0:
+        refuse(config, "grad_clip", "must be above 0")
+    check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"),
+                  optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"))
+    if not 0 <= config.ema < 1:
+        refuse(config, "ema", "must be 0 (none) or below 1")
+    window = re.fullmatch(r"(\d+):(\d+)", config.window or f"0:{config.steps}")
+    if not window or not int(window[1]) < int(window[2]) <= config.steps:
+        refuse(config, "window", "give the first step and the one after the last, such as "
+               f"0:{config.steps // 2}, of --steps {config.steps}")
+    if not 0 < config.eta <= 1:
+        refuse(config, "eta", "must be above 0, since a deterministic sampler is no policy, and at most 1")
+    check_machine(config)
+
+    config.updates = config.updates or 1
+    emoji = is_emoji(config.model)  # 160 times smaller than Stable Diffusion: it needs larger steps
+    lora_lr, whole_lr = (3e-3, 1e-4) if emoji else (3e-4, 1e-5)
+    config.lr = config.lr or (lora_lr if config.lora_rank else whole_lr)
+    config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward)
+    out, folder = os.path.abspath(config.out), os.path.abspath(os.path.join(config.out, config.name))
+    if folder == out or os.path.commonpath([out, folder]) != out:
+        refuse(config, "name", f"would be outside of --out {config.out}; give a name, such as first")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config.eval_images < world:
+        refuse(config, "eval_images", f"must be at least {world}, one for each process")
+    unit = math.lcm(config.group_size, config.sample_batch, config.updates) * world
+    for setting in ("group_size", "sample_batch", "updates"):
+        if config.images % (getattr(config, setting) * world):
+            processes = f" on each of {world} processes" if world > 1 else ""
+            refuse(config, "images", f"must be a multiple of --{setting.replace('_', '-')} "
+                   f"{getattr(config, setting)}{processes}; {max(config.images // unit, 1) * unit} would do")
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        refuse(config, "tracker", f"is not installed; pip install {config.tracker}, or choose none")
+    for name in watched(config):
+        if parse_reward(name) != {name: 1.0}:
+            refuse(config, "watch", f"a watched metric has no weight; write {name.rpartition(':')[0]}")
+    return config
+
+
+def check_choices(config, **choices):
+    """check_choices(config, dtype=("bf16", "fp32")): each setting has one of its values."""
+    for setting, values in choices.items():
+        if getattr(config, setting) not in values:
+            refuse(config, setting, f"unknown; choose {', '.join(filter(None, values))}")
+
+
+def check_machine(config):
+    """Whether this machine can do what the settings ask for. Sets the device of this process."""
+    config.device = config.device or str(default_device())
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config.device == "cuda" or config.device.startswith("cuda:") and world > 1:
+        config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a GPU for each of torchrun's processes
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        refuse(config, "device", f"cannot be used here ({str(error).splitlines()[0]}); choose cpu, or "
+               "cuda where there is a GPU")
+    on_gpu = config.device.startswith("cuda")
+    if config.dtype == "fp16" and not on_gpu:
+        refuse(config, "dtype", "needs a CUDA device; choose bf16 or fp32")
+    if config.cuda_graph and not on_gpu:
+        refuse(config, "cuda_graph", "needs a CUDA device; leave it out")
+    if config.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        refuse(config, "optimizer", "needs bitsandbytes; pip install bitsandbytes, or choose adamw")
+    kernels.BACKEND = config.kernels
+    kernels.use_triton(torch.empty(0, device=config.device))  # raises where triton cannot run
+    config.dtype = config.dtype or ("fp32" if config.device == "mps" else "bf16")
+
+
+def field_comments(config_class):
+    """[(heading, [(field name, comment)])] of a dataclass and those it inherits from, as in their source.
+
+    A comment line that is indented deeper than the fields continues the comment above it.
+    """
+    groups = [("", [])]
+    for base in reversed(config_class.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            if heading := re.fullmatch(r"    # (.*)", line):
+                groups.append((heading[1], []))
+            elif setting := re.fullmatch(r"    (\w+): \w+ = .*?  # (.*)", line):
+                for _, comments in groups:  # a loop may give a shared setting another default
+                    comments[:] = [entry for entry in comments if entry[0] != setting[1]]
+                groups[-1][1].append([setting[1], setting[2]])
+            elif (more := re.fullmatch(r"        +# (.*)", line)) and groups[-1][1]:
+                groups[-1][1][-1][1] += " " + more[1]
+    return [group for group in groups if group[1]]
+
+
+def add_flags(parser, config_class):
+    """A flag for each field of a dataclass, with its comment as the help text, under the source's headings."""
+    defaults = {field.name: field.default for field in fields(config_class)}
+    for heading, comments in field_comments(config_class):
+        group = parser.add_argument_group(heading)
+        for name, comment in comments:
+            default = defaults[name]
+            kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool)
+                    else dict(type=type(default), metavar=type(default).__name__.upper()))
+            shown = "" if default == "" or "default:" in comment else f" (default {default})"
+            group.add_argument("--" + name.replace("_", "-"), default=None,
+                               help=comment.replace("%", "%%") + shown, **kind)
+
+
+def parse_config(arguments, config_class, presets, doc):
+    """(a config_class, resume) from the command line: the preset's values, then the flags that were given.
+
+    doc: the loop's docstring, shown above the flags. Raises ValueError, one line.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only --epochs, "
+                        "--patience and --device may be given beside it")
+    add_flags(parser, config_class)
+    parser.error = lambda message: parser.exit(2, f"{message}\n")  # one line, without a page of usage
+    given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    if "resume" in given:
+        return resumed_config(Path(given.pop("resume")).resolve(), given, config_class), True
+    preset = given.get("preset", "emoji" if is_emoji(given.get("model", config_class.model)) else "sd15")
+    if preset not in presets:
+        raise ValueError(f"--preset {preset}: unknown; choose {', '.join(presets)}")
+    names = {field.name for field in fields(config_class)}
+    settings = {key: value for key, value in presets[preset].items() if key in names}
+    settings |= given | {"preset": preset}
+    if preset != "emoji":
+        reward = settings.get("reward", config_class.reward).partition("=")[0]
+        settings.setdefault("prompts", PAPER_PROMPTS.get(reward, "animals"))
+    return config_class(**settings), False
+
+
+def resumed_config(run, given, config_class):
+    """The settings of the run in this folder, with the few flags that may be given beside --resume."""
+    if set(given) - {"epochs", "patience", "device"}:
+        raise ValueError(f"--resume {run}: its settings are those of its config.json; only --epochs, "
+                         "--patience and --device may be given beside it")
+    settings, defaults = read_config(run), {field.name: field.default for field in fields(config_class)}
+    if settings.keys() != defaults.keys():
+        differ = ", ".join(sorted(settings.keys() ^ defaults.keys())[:4])
+        raise ValueError(f"--resume {run}: its config.json is not that of a run of "
+                         f"{Path(inspect.getfile(config_class)).name} of this version (only one of them has "
+                         f"{differ}); go on with the script that made it")
+    for name, value in settings.items():
+        kind = type(defaults[name])
+        if kind is float and type(value) is int and abs(value) < 2**53:
+            settings[name] = float(value)
+        elif type(value) is not kind:
+            raise ValueError(f"{run / 'config.json'}: {name} is {value!r:.80}; it must be of type {kind.__name__}")
+    config = config_class(**settings | given)
+    config.out, config.name = os.path.relpath(run.parent), run.name
+    return config
