@@ -85,42 +85,48 @@ def kl_loss(output, reference, guidance_scale=None):
     return difference.float().square().flatten(1).mean(1)
 
 
+def exact(rewards):
+    """float32 rewards as float64: sums of equal ones are exact, so their advantages are 0. In float32 the
+    mean misses them by a rounding error, which the division by std + 1e-6 would make as large as 1."""
+    return torch.as_tensor(rewards, dtype=torch.float32).double()
+
+
 class PromptStats:
     """Advantages relative to the recent rewards of the same prompt: some prompts are easier than others."""
 
-    def __init__(self, buffer_size=32, min_count=16, buffers=None):
+    def __init__(self, buffer_size=32, min_count=16):
         self.buffer_size, self.min_count = buffer_size, min_count
-        self.buffers = buffers or {}  # prompt -> its latest rewards
+        self.buffers = {}  # prompt -> its latest rewards
 
     def advantages(self, prompts, rewards):
-        """(B,) float32. Extends the buffers first, then normalises: by the prompt's own mean and std once
-        it has min_count rewards, by the batch's until then. Population std, epsilon 1e-6."""
-        rewards = torch.as_tensor(rewards, dtype=torch.float32)
+        """(B,) float32. Extends the buffers first, then normalises: by the prompt's own mean and std
+        once it has min_count rewards, by the batch's until then."""
+        rewards = exact(rewards)
         for prompt, reward in zip(prompts, rewards.tolist()):
             buffer = self.buffers.get(prompt, []) + [reward]
             self.buffers[prompt] = buffer[-self.buffer_size:]
-        advantages = torch.empty_like(rewards)
-        for i, prompt in enumerate(prompts):
-            enough = len(self.buffers[prompt]) >= self.min_count
-            others = torch.tensor(self.buffers[prompt]) if enough else rewards
-            advantages[i] = (rewards[i] - others.mean()) / (others.std(correction=0) + 1e-6)
-        return advantages
+        advantages = []
+        for prompt, reward in zip(prompts, rewards):
+            buffer = exact(self.buffers[prompt])
+            others = buffer if len(buffer) >= self.min_count else rewards
+            advantages.append((reward - others.mean()) / (others.std(correction=0) + 1e-6))
+        return torch.stack(advantages).float()
 
 
 def group_advantages(rewards, group_size):
-    """(B,). Groups are consecutive pictures of one prompt. Each is compared with the mean of the *others*
-    of its group (with its own reward in the baseline, the gradient would shrink by 1/group_size), in units
-    of the batch's std of that difference."""
-    groups = torch.as_tensor(rewards, dtype=torch.float32).view(-1, group_size)
+    """(B,) float32. Groups are consecutive pictures of one prompt. Each is compared with the mean of the
+    *others* of its group (its own reward in the baseline would shrink the gradient by 1/group_size), in
+    units of the batch's std of that difference."""
+    groups = exact(rewards).view(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     difference = (groups - others).flatten()
-    return difference / (difference.square().mean().sqrt() + 1e-6)
+    return (difference / (difference.square().mean().sqrt() + 1e-6)).float()
 
 
 def batch_advantages(rewards):
-    """(B,) (r − mean) / std over the batch."""
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
-    return (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+    """(B,) float32, (r − mean) / std over the batch."""
+    rewards = exact(rewards)
+    return ((rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)).float()
 
 
 def fit(run):
@@ -137,12 +143,12 @@ def fit(run):
         guidance_scale = config.guidance_scale
     weights = step_weights(run.table, policy_steps, config.step_weights)
     mine = shard(run, config.images)  # indices of this process's pictures
-    saved = run.saved["statistics"] if run.saved else {}
-    statistics = {name: PromptStats(config.buffer_size, config.min_count, saved.get(name))
-                  for name in run.components}
+    statistics = {name: PromptStats(config.buffer_size, config.min_count) for name in run.components}
+    for name, buffers in (run.saved["statistics"] if run.saved else {}).items():
+        statistics[name].buffers = buffers
 
     kind = f"(picture, step) pairs, {trained_steps} steps of each picture"
-    over = begin(run, describe(run, updates, pairs, kind))
+    over = begin(run, describe(run, updates, pairs, kind, teachers=int(config.kl > 0)))
     while not over:
         epoch, clock = run.epoch + 1, time.perf_counter()
 

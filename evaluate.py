@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from prompts import load_prompts, set_names
 from rewards import clip_image_embeddings, clip_top1
-from run_folder import picture_grid, stack_pictures
+from run_folder import draw_progress, picture_grid, save_picture
 from settings import watched
-from training import averaged, gather, log, progress_bar, rollout, save, score, shard
+from training import averaged, close, gather, log, progress_bar, rollout, save, score, shard
 
 
 def fixed_prompts(prompts, count):
@@ -72,9 +72,8 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
         row[f"{view}_diversity"] = diversity(torch.stack(embeddings), prompts)
     if view == "eval" and run.rank == 0:
         strip = picture_grid([torch.stack(pictures)], [f"epoch {epoch}"], prompts[:16:2] if epoch == 0 else None)
-        strip.save(run.folder / "progress" / f"{epoch:06d}.png")
-        evaluated = sorted(path for path in (run.folder / "progress").glob("*.png") if int(path.stem) <= epoch)
-        stack_pictures(evaluated, run.folder / "progress.png")
+        save_picture(strip, run.folder / "progress" / f"{epoch:06d}.png")
+        draw_progress(run.folder, epoch)
     return row
 
 
@@ -167,6 +166,7 @@ def end_epoch(run, row, clock, **state):
 def finish(run):
     """Says what has changed. Returns the run's folder."""
     run.bar.close()
+    close(run)
     if run.rank == 0:
         print(summary(run))
     return run.folder

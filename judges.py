@@ -1,7 +1,8 @@
-"""The models that rewards ask: CLIP, LAION's aesthetic head, vision-language models, BERTScore. Each is loaded once, frozen.
+"""The models that rewards ask: CLIP, LAION's aesthetic head, vision-language models, BERTScore.
 
-Pictures arrive as uint8 (B, 3, H, W) and reach every model through its own processor, as PIL pictures. Models are found on disk,
-beside this file in models/, or on the Hugging Face hub: see `find`.
+Each is loaded once and frozen. Pictures arrive as uint8 (B, 3, H, W) and reach every model through
+its own processor, as PIL pictures. Models are found on disk, beside this file in models/, or on the
+Hugging Face hub: see `find`. Code that comes with a model is never run.
 """
 
 from functools import lru_cache
@@ -12,48 +13,60 @@ import torch.nn.functional as F
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-# BERTScore reads the layer that agrees best with people; found by its authors, model by model. Other models: the last.
-BERTSCORE_LAYER = {"deberta-xlarge-mnli": 40, "deberta-large-mnli": 18, "deberta-base-mnli": 9, "roberta-large": 17,
-                   "roberta-base": 10, "bert-large-uncased": 18, "bert-base-uncased": 9, "distilbert-base-uncased": 5}
+# BERTScore reads the layer that agrees best with people, found by its authors for each model. Of
+# other models it reads the last.
+BERTSCORE_LAYER = {"deberta-xlarge-mnli": 40, "deberta-large-mnli": 18, "deberta-base-mnli": 9,
+                   "roberta-large": 17, "roberta-base": 10, "bert-large-uncased": 18,
+                   "bert-base-uncased": 9, "distilbert-base-uncased": 5}
 
 
 # CLIP
 
-@lru_cache(maxsize=None)  # aesthetic and clip may share one, and so may a mixture's parts
+@lru_cache(maxsize=None)  # aesthetic and clip may share one, and so may a mixture's components
 def load_clip(model, device, processor=None):
-    """(CLIPModel, CLIPProcessor). float32 on every device: a reward's differences are small, and CLIP is cheap."""
+    """(CLIPModel, CLIPProcessor).
+
+    float32 on every device, because a reward's differences are small and CLIP is cheap.
+    """
     from transformers import CLIPModel, CLIPProcessor
 
-    processor = CLIPProcessor.from_pretrained(find(processor or model))
+    processor = CLIPProcessor.from_pretrained(find(processor or model), trust_remote_code=False)
     return load_network(CLIPModel, find(model), device, torch.float32), processor
 
 
 @torch.no_grad()
 def embed_images(network, images):
-    """(B, D), L2-normalised. The parts of CLIPModel are called one by one, because what get_image_features returns depends
-    on the version of transformers."""
+    """(B, D), L2-normalised.
+
+    Not by CLIPModel.get_image_features: what that returns depends on the version of transformers.
+    """
     model, processor = network
     embeddings = []
     for chunk in images.split(64):
         inputs = processor(images=to_pil(chunk), return_tensors="pt").to(model.device)
-        embeddings.append(model.visual_projection(model.vision_model(pixel_values=inputs.pixel_values).pooler_output))
+        pooled = model.vision_model(pixel_values=inputs.pixel_values).pooler_output
+        embeddings.append(model.visual_projection(pooled))
     return F.normalize(torch.cat(embeddings), dim=1)
 
 
 @torch.no_grad()
 def embed_texts(network, texts):
-    """(B, D), L2-normalised. Each different text is encoded once: a batch has several pictures of a prompt."""
+    """(B, D), L2-normalised. Each different text is encoded once."""
     model, processor = network
     unique = list(dict.fromkeys(texts))
     longest = model.config.text_config.max_position_embeddings
-    inputs = processor(text=unique, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+    inputs = processor(text=unique, padding=True, truncation=True, max_length=longest,
+                       return_tensors="pt").to(model.device)
     hidden = model.text_model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
     embeddings = F.normalize(model.text_projection(hidden.pooler_output), dim=1)
     return embeddings[[unique.index(text) for text in texts]]
 
 
 def load_aesthetic_head(model, device):
-    """[(weight, bias), ...] from a .safetensors file, a .pth (read with weights_only), a folder, or an id on the hub."""
+    """[(weight, bias), ...] from a .safetensors or .pth file, a folder, or an id on the hub.
+
+    A .pth is read with weights_only.
+    """
     from huggingface_hub import hf_hub_download
     from safetensors.torch import load_file
 
@@ -62,52 +75,65 @@ def load_aesthetic_head(model, device):
         path = path / "model.safetensors"
     elif not path.is_file():
         path = Path(hf_hub_download(model, "model.safetensors"))
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     names = [f"layers.{i}" for i in (0, 2, 4, 6, 7)]  # 1, 3 and 5 were dropout
     if any(f"{name}.weight" not in state for name in names):
-        raise ValueError(f"{path} is no aesthetic head: it has no {names[0]}.weight ... {names[-1]}.weight")
-    return [(state[f"{name}.weight"].to(device).float(), state[f"{name}.bias"].to(device).float()) for name in names]
+        raise ValueError(f"{path} is no aesthetic head: it has no {names[0]}.weight ... "
+                         f"{names[-1]}.weight")
+    return [tuple(state[f"{name}.{kind}"].to(device).float() for kind in ("weight", "bias"))
+            for name in names]
 
 
 # Vision-language models
 
 @lru_cache(maxsize=None)
 def load_vlm(model, device):
-    """(model, processor) of LLaVA, Qwen-VL or any other that transformers loads as image-text-to-text."""
+    """(model, processor) of LLaVA, Qwen-VL or another image-text-to-text model of transformers."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(find(model))
+    processor = AutoProcessor.from_pretrained(find(model), trust_remote_code=False)
     if not getattr(processor, "chat_template", None):
         raise ValueError("it has no chat template: choose a model tuned to follow instructions")
     processor.tokenizer.padding_side = "left"  # answers start where the row ends
     dtype = torch.float32
     if torch.device(device).type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if bf16 else torch.float16
     return load_network(AutoModelForImageTextToText, find(model), device, dtype), processor
 
 
 @torch.no_grad()
 def generate(network, images, questions, **settings):
-    """Greedy answers, eight pictures at a time. Yields (generate's output, length of the questions)."""
+    """Greedy answers, eight pictures at a time.
+
+    Yields (what model.generate returns, number of tokens of a question).
+    """
     model, processor = network
+    bos = processor.tokenizer.bos_token
     for start in range(0, len(images), 8):
-        chats = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-                 for question in questions[start : start + 8]]
-        texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-        bos = processor.tokenizer.bos_token  # some templates write it themselves
-        inputs = processor(images=[[picture] for picture in to_pil(images[start : start + 8])], text=texts, padding=True,
-                           add_special_tokens=not (bos and texts[0].startswith(bos)), return_tensors="pt")
+        texts = []
+        for question in questions[start : start + 8]:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            chat = [{"role": "user", "content": content}]
+            texts.append(processor.apply_chat_template(chat, add_generation_prompt=True))
+        pictures = [[picture] for picture in to_pil(images[start : start + 8])]
+        has_bos = bool(bos) and texts[0].startswith(bos)  # some templates write it themselves
+        inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt",
+                           add_special_tokens=not has_bos)
         inputs = inputs.to(model.device, model.dtype)
-        output = model.generate(**inputs, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
-                                return_dict_in_generate=True, **settings)
+        output = model.generate(**inputs, do_sample=False, num_beams=1, temperature=None,
+                                top_p=None, top_k=None, return_dict_in_generate=True, **settings)
         yield output, inputs.input_ids.shape[1]
 
 
 def answer(network, images, questions):
-    """B answers. 64 tokens: more than a concise answer takes, and a bound on what one that never ends costs."""
-    answers = []
+    """B answers of at most 64 tokens: more than a concise answer takes, and a bound on the cost."""
+    tokenizer, answers = network[1].tokenizer, []
     for output, length in generate(network, images, questions, max_new_tokens=64):
-        answers += network[1].tokenizer.batch_decode(output.sequences[:, length:], skip_special_tokens=True)
+        answers += tokenizer.batch_decode(output.sequences[:, length:], skip_special_tokens=True)
     return [text.strip() for text in answers]
 
 
@@ -118,21 +144,24 @@ def load_encoder(model, device):
     """(model, tokenizer, layer)"""
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(find(model))
+    tokenizer = AutoTokenizer.from_pretrained(find(model), trust_remote_code=False)
     network = load_network(AutoModel, find(model), device, torch.float32)
     return network, tokenizer, BERTSCORE_LAYER.get(Path(model).name, -1)
 
 
 @torch.no_grad()
 def bertscore_recall(encoder, candidates, references):
-    """Zhang et al. 2020, Eq. 1: mean over a reference's tokens of the cosine to the nearest token of the candidate, without
-    idf and rescaling. As in the authors' code, [CLS] and [SEP] may be that nearest token but are not counted in the mean, and
-    an empty candidate scores 0. (B,)"""
+    """Recall of BERTScore (Zhang et al. 2020, Eq. 1), without idf and rescaling. (B,)
+
+    It is the mean, over a reference's tokens, of the cosine to the nearest token of the candidate.
+    As in the authors' code, [CLS] and [SEP] may be that nearest token but are not counted in the
+    mean, and an empty candidate scores 0.
+    """
     model, tokenizer, layer = encoder
     texts = list(dict.fromkeys(text.strip() for text in [*candidates, *references]))
-    space = " " if model.config.model_type == "roberta" else ""  # its words carry the space before them
-    tokens = tokenizer([space + text for text in texts], padding=True, truncation=True, max_length=512, return_tensors="pt")
-    tokens = tokens.to(model.device)
+    space = " " if model.config.model_type == "roberta" else ""  # a token includes the space before
+    tokens = tokenizer([space + text for text in texts], padding=True, truncation=True,
+                       max_length=512, return_tensors="pt").to(model.device)
     hidden = model(**tokens, output_hidden_states=True).hidden_states[layer]
     hidden = F.normalize(hidden.float(), dim=-1)  # (texts, tokens, D)
     real = tokens.attention_mask.bool()
@@ -141,7 +170,8 @@ def bertscore_recall(encoder, candidates, references):
     scores = []
     for candidate, reference in zip(candidates, references):
         c, r = texts.index(candidate.strip()), texts.index(reference.strip())
-        nearest = (hidden[r][real[r] & counted[r]] @ hidden[c][real[c]].T).amax(1)  # one cosine a token of the reference
+        cosines = hidden[r][real[r] & counted[r]] @ hidden[c][real[c]].T  # (reference, candidate)
+        nearest = cosines.amax(1)
         scores.append(nearest.mean() if candidate.strip() else nearest.new_zeros(()))
     return torch.stack(scores)
 
@@ -149,20 +179,30 @@ def bertscore_recall(encoder, candidates, references):
 # Loading
 
 def load_network(auto_class, folder, device, dtype):
-    """A frozen model that has all its weights. transformers fills gaps with random numbers, and takes a BERT for a CLIP."""
+    """A frozen model that has all its weights.
+
+    transformers alone would fill gaps with random numbers, and take a BERT for a CLIP.
+    """
     import transformers
 
-    dtype_name = "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
-    model, info = auto_class.from_pretrained(folder, output_loading_info=True, **{dtype_name: dtype})
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]  # BERTScore reads no pooler
+    version = tuple(map(int, transformers.__version__.split(".")[:2]))
+    settings = {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
+    model, info = auto_class.from_pretrained(folder, output_loading_info=True,
+                                             trust_remote_code=False, **settings)
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # not read here
     if missing:
-        raise ValueError(f"{len(missing)} weights of {type(model).__name__} are not in it, {sorted(missing)[0]} for one")
-    return model.to(device).eval().requires_grad_(False)  # its type it has: another cast would round the positions' frequencies, too
+        raise ValueError(f"{len(missing)} weights of {type(model).__name__} are not in it, "
+                         f"{missing[0]} for one")
+    # not .to(dtype): it would round the frequencies of the positions, too
+    return model.to(device).eval().requires_grad_(False)
 
 
 def find(model):
-    """What to load for a path or an id: the path; the folder of that name in models/; the id, if the hub answers; or else an
-    earlier download of it."""
+    """What to load for a path or an id.
+
+    In this order: the path; the folder of that name in models/; the id, if the hub answers; an
+    earlier download of it.
+    """
     beside = HERE / "models" / Path(model).name
     if Path(model).exists() or beside.exists():
         return str(model if Path(model).exists() else beside)
@@ -170,7 +210,8 @@ def find(model):
         raise FileNotFoundError("no such file or folder")
     from huggingface_hub import HfApi, snapshot_download
     try:
-        HfApi().model_info(model, timeout=10)  # one question; without a network, from_pretrained would ask for minutes
+        # one question first: without a network, from_pretrained would ask for minutes
+        HfApi().model_info(model, timeout=10)
         return model
     except Exception as error:
         try:
@@ -180,5 +221,8 @@ def find(model):
 
 
 def to_pil(images):
-    """uint8 (B, 3, H, W) -> B pictures. Processors get these: a float picture in [0, 1] they would scale by 1/255 once more."""
+    """uint8 (B, 3, H, W) -> B pictures, for processors.
+
+    A float picture in [0, 1] they would scale by 1/255 once more.
+    """
     return [Image.fromarray(array) for array in images.permute(0, 2, 3, 1).cpu().numpy()]

@@ -1,56 +1,75 @@
-"""Rewards: what training makes more of. A reward takes uint8 pictures (B, 3, H, W) and B prompts and returns B floats on the
-CPU; higher is better.
+"""Rewards: what training makes more of.
 
-    name         what it is                                                            needs
-    compress     −kB of the picture as a JPEG of quality 95                            nothing
-    incompress   +kB
-    clip         cosine of the picture's and the prompt's CLIP embeddings              the CLIP in models/emoji/clip
-    aesthetic    LAION's aesthetic score, about 1 to 10                                CLIP ViT-L/14, a small head
-    pickscore    PickScore: a CLIP fine-tuned on people's choices between pictures     PickScore_v1
-    align        BERTScore recall of a VLM's description against the prompt            a VLM, a text encoder
-    vqa          a VLM's P("Yes") that the picture shows the prompt                    a VLM
-    count        share of right answers of a VLM: how many, of what ("five wolves")    a VLM
+A reward takes uint8 pictures (B, 3, H, W) and B prompts. It returns B floats on the CPU. Higher is
+better.
+
+    name         what it is                                                   needs
+    compress     −kB of the picture as a JPEG of quality 95                   nothing
+    incompress   +kB of the same                                              nothing
+    clip         cosine of the CLIP embeddings of picture and prompt          models/emoji/clip
+    aesthetic    LAION's aesthetic score, about 1 to 10                       CLIP ViT-L/14, a head
+    pickscore    PickScore: a CLIP fine-tuned on people's choices             PickScore_v1
+    align        BERTScore recall of a VLM's description against the prompt   a VLM, a text encoder
+    vqa          a VLM's P("Yes") that the picture shows the prompt           a VLM
+    count        share of right answers of a VLM: how many, of what           a VLM
 
 How to write a reward on a command line, and in get_reward:
 
-    compress                      a name of the table
-    my_file.py:my_reward          a function of yours, my_reward(images, prompts)
-    clip=openai/clip-vit-large-patch14     other weights: a folder, or an id on the Hugging Face hub
-    align=VLM@ENCODER             two models; @ENCODER alone keeps the default VLM
-    compress:0.3,clip:1           a mixture: each part in units of its own standard deviation, times its weight
+    compress               a name of the table
+    my_file.py:my_reward   a function of yours, my_reward(images, prompts)
+    clip=FOLDER_OR_ID      other weights: a folder, or an id on the Hugging Face hub
+    align=VLM@ENCODER      two models; @ENCODER alone keeps the default VLM
+    compress:0.3,clip:1    a mixture: a weighted sum of components in units of their own std
 
-Where there is no network, put a model into models/<last part of its id> beside this file: it is looked for there first.
+Without a network, put a model into models/<last part of its id> beside this file. That folder is
+searched first.
+
+A reward cannot change what is trained. It gets copies of the pictures and prompts, and what it
+switches in the process (gradient mode, random state, working folder, ...) holds for its own code
+alone: see Guest.
 """
 
+import contextlib
+import functools
 import importlib.util
 import inspect
 import io
 import math
+import os
+import random
 import re
 import sys
+import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
-from judges import (HERE, answer, bertscore_recall, embed_images, embed_texts, find, generate, load_aesthetic_head, load_clip, load_encoder,
-                    load_vlm, to_pil)
+from judges import (HERE, answer, bertscore_recall, embed_images, embed_texts, find, generate,
+                    load_aesthetic_head, load_clip, load_encoder, load_vlm, to_pil)
 
 EMOJI_CLIP = str(HERE / "models" / "emoji" / "clip")
 CLIP = "openai/clip-vit-large-patch14"
-AESTHETIC_HEAD = "ttj/sac-logos-ava1-l14-linearMSE"  # LAION's sac+logos+ava1-l14-linearMSE.pth as safetensors
+AESTHETIC_HEAD = "ttj/sac-logos-ava1-l14-linearMSE"  # LAION's .pth of that name as safetensors
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's own repository has none
 VLM = "llava-hf/llava-1.5-7b-hf"
 ENCODER = "microsoft/deberta-xlarge-mnli"
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+PATIENCE = 60  # seconds, after which a reward that has not answered is named on the screen
 
 
 class RewardError(ValueError):
-    """A reward that cannot be loaded, or whose values cannot be used. index, prompt and image (3, H, W) are those of the
-    picture at fault, or None."""
+    """A reward that cannot be loaded, or whose values cannot be used.
+
+    index, prompt and image (3, H, W) are those of the picture at fault, or None.
+    """
 
     def __init__(self, message, index=None, prompt=None, image=None):
         super().__init__(message)
@@ -81,13 +100,23 @@ def incompress(device):
 # CLIP and what is built on it
 
 def clip(device, model=None):
-    """The plain cosine, −1 to 1. (CLIPScore papers multiply it by 100 or 2.5; advantages do not see the difference.)"""
+    """The plain cosine, −1 to 1.
+
+    Papers multiply it by 100 or 2.5 (CLIPScore). Advantages are the same for every factor.
+    """
     network = load("clip=", load_clip, model or EMOJI_CLIP, device)
-    return lambda images, prompts: (embed_images(network, images) * embed_texts(network, prompts)).sum(1)
+
+    def reward(images, prompts):
+        return (embed_images(network, images) * embed_texts(network, prompts)).sum(1)
+
+    return reward
 
 
 def aesthetic(device, head=None, clip=None):
-    """LAION's predictor: five linear layers, nothing between them, on the normalised CLIP image embedding."""
+    """LAION's predictor: five linear layers on the normalised CLIP image embedding.
+
+    There are no nonlinearities between them.
+    """
     layers = load("aesthetic=", load_aesthetic_head, head or AESTHETIC_HEAD, device)
     network = load("aesthetic=@", load_clip, clip or CLIP, device)
 
@@ -105,16 +134,26 @@ def pickscore(device, model=None, processor=None):
     processor = load("pickscore=@", find, processor or PICKSCORE_PROCESSOR)
     network = load("pickscore=", load_clip, model or PICKSCORE, device, processor)
     scale = network[0].logit_scale.exp()
-    return lambda images, prompts: scale * (embed_images(network, images) * embed_texts(network, prompts)).sum(1)
+
+    def reward(images, prompts):
+        return scale * (embed_images(network, images) * embed_texts(network, prompts)).sum(1)
+
+    return reward
 
 
 def clip_image_embeddings(images, device=None, model=EMOJI_CLIP):
-    """(B, D), L2-normalised, on the CPU: for the diversity of a batch, 1 − mean cosine between pictures of a prompt."""
+    """(B, D), L2-normalised, on the CPU.
+
+    For the diversity of a batch: 1 − mean cosine between pictures of a prompt.
+    """
     return embed_images(load_clip(model, pick_device(device)), images).cpu()
 
 
 def clip_top1(images, prompts, candidates, device=None, model=EMOJI_CLIP):
-    """Zero-shot recognition: is the prompt nearer to its picture than every other of the candidates? (B,) bool, on the CPU"""
+    """Zero-shot recognition: is a picture's prompt the nearest of the candidates?
+
+    (B,) bool, on the CPU.
+    """
     network = load_clip(model, pick_device(device))
     nearest = (embed_images(network, images) @ embed_texts(network, candidates).T).argmax(1)
     return torch.tensor([candidates[i] == prompt for i, prompt in zip(nearest.tolist(), prompts)])
@@ -123,22 +162,26 @@ def clip_top1(images, prompts, candidates, device=None, model=EMOJI_CLIP):
 # Vision-language models
 
 def align(device, vlm=None, encoder=None):
-    """The paper's alignment: a VLM describes the picture; BERTScore recall of the description against the prompt. An empty
-    description is worth 0, and reward.counts counts them."""
+    """The paper's alignment: BERTScore recall of a VLM's description against the prompt.
+
+    An empty description is worth 0, and reward.counts counts them.
+    """
     network = load("align=", load_vlm, vlm or VLM, device)
     scorer = load("align=@", load_encoder, encoder or ENCODER, device)
 
     def reward(images, prompts):
-        descriptions = answer(network, images, ["Answer concisely: what is going on in this image?"] * len(images))
+        question = "Answer concisely: what is going on in this image?"
+        descriptions = answer(network, images, [question] * len(images))
         reward.counts["empty_descriptions"] += descriptions.count("")
-        return bertscore_recall(scorer, descriptions, [f"The image contains {prompt}" for prompt in prompts])
+        references = [f"The image contains {prompt}" for prompt in prompts]
+        return bertscore_recall(scorer, descriptions, references)
 
     reward.counts = {"empty_descriptions": 0}
     return reward
 
 
 def vqa(device, vlm=None):
-    """P("Yes"), over the whole vocabulary: no threshold, so that even a small gain counts."""
+    """P("Yes"), over the whole vocabulary. No threshold, so that a small gain counts, too."""
     network = load("vqa=", load_vlm, vlm or VLM, device)
     yes = network[1].tokenizer("Yes", add_special_tokens=False).input_ids[0]
 
@@ -151,22 +194,30 @@ def vqa(device, vlm=None):
 
 
 def count(device, vlm=None):
-    """The paper's counting questions, answers taken at their word: 0, ½ or 1. Prompts are a number and a noun in the plural,
-    as in the set `counting`."""
+    """The paper's counting questions, answers taken at their word: 0, ½ or 1.
+
+    Prompts are a number and a noun in the plural, as in the set `counting`.
+    """
     network = load("count=", load_vlm, vlm or VLM, device)
+    form = re.compile(rf"({'|'.join(NUMBERS)}) (.+)")
 
     def reward(images, prompts):
-        wanted = [re.fullmatch(rf"({'|'.join(NUMBERS)}) (.+)", prompt.strip().lower()) for prompt in prompts]
+        wanted = [form.fullmatch(prompt.strip().lower()) for prompt in prompts]
         if None in wanted:
-            raise RewardError(f"reward count: prompt {prompts[wanted.index(None)]!r} is not a number from zero to twelve and a "
-                              "noun, such as 'five wolves'; use the prompts `counting`, or write such a file")
+            prompt = prompts[wanted.index(None)]
+            raise RewardError(f"reward count: prompt {prompt!r} is not a number from zero to "
+                              "twelve and a noun, such as 'five wolves'; use the prompts "
+                              "`counting`, or write such a file")
         numbers, nouns = zip(*(match.groups() for match in wanted))
-        how_many = answer(network, images, [f"How many {noun} are there in this image?" for noun in nouns])
+        questions = [f"How many {noun} are there in this image?" for noun in nouns]
+        how_many = answer(network, images, questions)
         what = answer(network, images, ["What animal is in this image?"] * len(images))
         scores = []
         for said, named, number, noun in zip(how_many, what, numbers, nouns):
-            right_number = not {number, str(NUMBERS.index(number))}.isdisjoint(re.findall(r"\w+", said.lower()))
-            right_noun = re.search(rf"\b({re.escape(noun)}|{re.escape(singular(noun))})\b", named.lower()) is not None
+            either = {number, str(NUMBERS.index(number))}  # five, 5
+            right_number = not either.isdisjoint(re.findall(r"\w+", said.lower()))
+            names = f"{re.escape(noun)}|{re.escape(singular(noun))}"
+            right_noun = re.search(rf"\b({names})\b", named.lower()) is not None
             scores.append((right_number + right_noun) / 2)
         return torch.tensor(scores)
 
@@ -175,20 +226,179 @@ def count(device, vlm=None):
 
 def singular(noun):
     """wolves -> wolf. Enough for the animals of `counting`, not for English."""
-    for plural, ending in ("mice", "mouse"), ("geese", "goose"), ("lves", "lf"), ("flies", "fly"), ("xes", "x"), ("s", ""):
+    endings = {"mice": "mouse", "geese": "goose", "lves": "lf", "flies": "fly", "xes": "x", "s": ""}
+    for plural, ending in endings.items():
         if noun.endswith(plural):
             return noun.removesuffix(plural) + ending
     return noun
 
 
-# Loading
+# Code of other people
+
+def working_folder():
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # removed, as a temporary folder is
+        return os.sep
+
+
+def replace(items, value):
+    items[:] = value
+
+
+# (read, write) of what code can switch for the whole process. Each reward has its own of these:
+# they hold in its file and in each of its calls, and nowhere else.
+OWN = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_device,  # the device itself would slow down every call of torch
+     lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    (torch.get_rng_state, torch.set_rng_state),
+    (np.random.get_state, np.random.set_state),
+    (random.getstate, random.setstate),
+    (working_folder, os.chdir),
+    (lambda: list(sys.path), lambda value: replace(sys.path, value)),
+    (lambda: list(warnings.filters), lambda value: replace(warnings.filters, value)),
+)
+# These change the numbers of all threads, and on a GPU a reward is computed while the next pictures
+# are sampled. So they are only put back, after the file and after each call.
+SHARED = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (lambda: (torch.are_deterministic_algorithms_enabled(),
+              torch.is_deterministic_algorithms_warn_only_enabled()),
+     lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
+    (lambda: torch.backends.cudnn.deterministic,
+     lambda value: setattr(torch.backends.cudnn, "deterministic", value)),
+    (lambda: torch.backends.cudnn.benchmark,
+     lambda value: setattr(torch.backends.cudnn, "benchmark", value)),
+    # TF32 is read by its new name and written by its old one: a file may use either, and after
+    # the new one torch refuses to read the old one.
+    (lambda: torch.backends.cuda.matmul.fp32_precision,
+     lambda value: setattr(torch.backends.cuda.matmul, "allow_tf32", value == "tf32")),
+    (lambda: torch.backends.cudnn.conv.fp32_precision,
+     lambda value: setattr(torch.backends.cudnn, "allow_tf32", value == "tf32")),
+    (lambda: torch.backends.mkldnn.matmul.fp32_precision,
+     lambda value: setattr(torch.backends.mkldnn.matmul, "fp32_precision", value)),
+)
+
+
+@dataclass
+class Guest:
+    """A reward's code, which may be anybody's. It runs in `with guest.at_work():`, and the process
+    is afterwards as it was.
+
+    A file imports from its own folder first, as in `python file.py`. What it imports from there is
+    in sys.modules only while the reward's code runs. So its prompts.py is not taken for ours, nor
+    ours for its, and two rewards from two folders may each have a helper.py.
+    """
+
+    name: str
+    folder: Path | None = None  # of a reward file, unless that lies among ours
+    names: frozenset = frozenset()  # of the modules and packages that may be in this folder
+    settings: list = field(default_factory=list)  # its values of OWN, once it has run
+    modules: dict = field(default_factory=dict)  # what it has imported from its folder
+
+    @contextlib.contextmanager
+    def at_work(self):
+        ours, shared = [read() for read, _ in OWN], [read() for read, _ in SHARED]
+        modules = sys.modules.copy()
+        hidden = {name: module for name, module in modules.items()
+                  if top_level(name) in self.names and source_folder(name) == HERE}
+        say = functools.partial(tqdm.write, file=sys.stderr)  # around progress bars
+        slow = threading.Timer(PATIENCE, say, [f"reward {self.name}: no answer for {PATIENCE} s; "
+                                               "still waiting"])
+        slow.daemon = True  # it does not keep a process that ends
+        slow.start()
+        with torch.inference_mode(torch.is_inference_mode_enabled()):  # ends what is left on inside
+            try:
+                for (_, write), value in zip(OWN, self.settings or ours):
+                    write(value)
+                if self.folder and not self.settings:
+                    sys.path.insert(0, str(self.folder))
+                for name in hidden:
+                    del sys.modules[name]
+                sys.modules.update(self.modules)
+                yield
+            finally:
+                slow.cancel()
+                self.modules = {
+                    name: module for name, module in sys.modules.copy().items()
+                    if self.folder and (name in hidden or name not in modules)
+                    and source_folder(name) == self.folder}
+                for name in self.modules:
+                    del sys.modules[name]
+                sys.modules.update(hidden)
+                self.settings = [read() for read, _ in OWN]
+                for (_, write), value in zip(OWN, ours):
+                    write(value)
+                for (read, write), value in zip(SHARED, shared):
+                    if read() != value:
+                        write(value)
+
+
+def top_level(name):
+    return name.partition(".")[0]
+
+
+def source_folder(name):
+    """The folder of a module in sys.modules, or of the outermost package that it is in, or None."""
+    module = sys.modules.get(top_level(name))
+    if hasattr(module, "__path__"):
+        return Path(next(iter(module.__path__), "")).parent
+    file = getattr(module, "__file__", None)
+    return file and Path(file).parent
+
+
+def load_function(spec):
+    """(function, Guest) of "path/my_file.py:my_reward"."""
+    file, _, function = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise RewardError(f"reward {spec}: there is no file {file}")
+    folder, name = Path(file).resolve().parent, f"reward_{Path(file).stem}"
+    guest = Guest(spec)
+    if folder != HERE:
+        guest = Guest(spec, folder, frozenset(path.stem for path in folder.iterdir()))
+    module_spec = importlib.util.spec_from_file_location(name, Path(file).resolve())
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        with guest.at_work():
+            sys.modules[name] = module
+            module_spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too: sys.exit() in a reward is no end of a run
+        raise RewardError(f"reward {spec}: {file} cannot be imported "
+                          f"({one_line(error)})") from error
+    reward = getattr(module, function, None)
+    if not callable(reward):
+        own = [key for key, value in vars(module).items()
+               if getattr(value, "__module__", None) == name]
+        raise RewardError(f"reward {spec}: {file} has no function {function}; "
+                          f"it has {', '.join(own) or 'none'}")
+    try:
+        inspect.signature(reward).bind("images", "prompts")
+    except ValueError:
+        pass  # some callables of C have no signature
+    except TypeError:
+        raise RewardError(f"reward {spec}: {function}{inspect.signature(reward)} in {file} must "
+                          "take (images, prompts)") from None
+    return reward, guest
+
+
+# From a name on the command line to a checked function
+
+REWARDS = {"compress": compress, "incompress": incompress, "clip": clip, "aesthetic": aesthetic,
+           "pickscore": pickscore, "align": align, "vqa": vqa, "count": count}
+
 
 def load(option, loader, model, *arguments):
-    """loader(model, *arguments), with whatever it raises turned into one line that says what to do. option: how to name
-    another model, such as "align=@"."""
+    """loader(model, *arguments), with whatever it raises turned into one line that says what to do.
+
+    option: how to name another model, such as "align=@".
+    """
     try:
         return loader(model, *arguments)
-    except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, a network library's own, ...
+    except Exception as error:  # OSError, ValueError, ImportError, a network library's own, ...
         cure = f"name another, {option}FOLDER_OR_ID"
         if isinstance(error, ImportError):
             cure = "install what it asks for"
@@ -196,53 +406,30 @@ def load(option, loader, model, *arguments):
             cure = "it comes with the repository, and `python emoji/pretrain.py` makes it anew"
         elif not Path(model).exists() and not Path(model).is_absolute():
             place = HERE / "models" / Path(model).name
-            cure = f"where there is a network, `hf download {model} --local-dir {place}`, and bring that folder here; or {cure}"
-        raise RewardError(f"reward {option.partition('=')[0]}: cannot load {model} ({one_line(error):.200}); {cure}; "
-                          "compress, incompress, clip and file.py:function need no download") from error
-
-
-def load_function(spec):
-    """The reward function of "path/my_file.py:my_reward"."""
-    file, _, function = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise RewardError(f"reward {spec}: there is no file {file}")
-    module_spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module.__name__] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise RewardError(f"reward {spec}: {file} cannot be imported ({one_line(error)})") from error
-    reward = getattr(module, function, None)
-    if not callable(reward):
-        own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-        raise RewardError(f"reward {spec}: {file} has no function {function}; it has {', '.join(own) or 'none'}")
-    try:
-        inspect.signature(reward).bind("images", "prompts")
-    except TypeError:
-        raise RewardError(f"reward {spec}: {function}{inspect.signature(reward)} in {file} must take "
-                          "(images, prompts)") from None
-    return reward
-
-
-# From a name on the command line to a checked function
-
-REWARDS = {"compress": compress, "incompress": incompress, "clip": clip, "aesthetic": aesthetic, "pickscore": pickscore,
-           "align": align, "vqa": vqa, "count": count}
+            cure = (f"where there is a network, `hf download {model} --local-dir {place}`, and "
+                    f"bring that folder here; or {cure}")
+        raise RewardError(f"reward {option.partition('=')[0]}: cannot load {model} "
+                          f"({one_line(error):.200}); {cure}; compress, incompress, clip and "
+                          "file.py:function need no download") from error
 
 
 def parse_reward(spec):
-    """{name: weight} of "name", "name:weight" or a mixture "name:weight,name:weight". Loads nothing; raises RewardError."""
+    """{name: weight} of "name", "name:weight" or a mixture "name:weight,name:weight".
+
+    Loads nothing. Raises RewardError, one line.
+    """
     weights = {}
-    for part in map(str.strip, spec.split(",")):
-        name, weight = re.fullmatch(r"(.+?\.py:\w+|[^:]*)(?::(.*))?", part).groups(default="1")
+    for component in map(str.strip, spec.split(",")):
+        name, weight = re.fullmatch(r"(.+?\.py:\w+|[^:]*)(?::(.*))?", component).groups(default="1")
         if ".py:" not in name:
             base, _, models = name.partition("=")
             if base not in REWARDS:
-                raise RewardError(f"reward {part!r}: unknown; choose {', '.join(REWARDS)}, or a file.py:function")
+                raise RewardError(f"reward {component!r}: unknown; choose {', '.join(REWARDS)}, or "
+                                  "a file.py:function")
             takes = len(inspect.signature(REWARDS[base]).parameters) - 1
             if models and models.count("@") + 1 > takes:
-                raise RewardError(f"reward {name}: {base} takes {('no model', 'one model', 'two models, FIRST@SECOND')[takes]}")
+                most = ("no model", "one model", "two models, FIRST@SECOND")[takes]
+                raise RewardError(f"reward {name}: {base} takes {most}")
         if name in weights:
             raise RewardError(f"reward {spec}: {name} is there twice")
         try:
@@ -250,27 +437,37 @@ def parse_reward(spec):
         except ValueError:
             weights[name] = math.nan
         if not math.isfinite(weights[name]) or weights[name] == 0:
-            raise RewardError(f"reward {part}: weight {weight!r}; give a number other than 0, as in {name}:0.5")
+            raise RewardError(f"reward {component}: weight {weight!r}; give a number other than 0, "
+                              f"as in {name}:0.5")
     return weights
 
 
 def get_reward(spec, device=None):
-    """The checked function reward(images, prompts) -> (B,) for a spec. One reward keeps its own scale, times its weight if it
-    has one. A mixture is the weighted sum of its parts' z-scores within the batch; parse_reward gives the parts to whoever
-    keeps better statistics. Of a single reward without a weight, .counts holds what happened and was no error, for the log."""
+    """The checked function reward(images, prompts) -> (B,) for a spec.
+
+    One reward keeps its own scale, times its weight if it has one. A mixture is the weighted sum of
+    its components' z-scores within the batch; parse_reward gives the components to those who have
+    better statistics. Of a single reward without a weight, .counts holds events for the log, which
+    are no errors.
+    """
     device = pick_device(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RewardError(f"device {device}: cannot be used here ({one_line(error):.200}); choose cpu, or cuda where there is a GPU") from None
+        raise RewardError(f"device {device}: cannot be used here ({one_line(error):.200}); "
+                          "choose cpu, or cuda where there is a GPU") from None
     weights, rewards = parse_reward(spec), {}
     for name in weights:
         base, _, models = name.partition("=")
         models = [model or None for model in models.split("@")] if models else []
-        rewards[name] = checked(name, load_function(name) if ".py:" in name else REWARDS[base](device, *models))
+        if ".py:" in name:
+            rewards[name] = checked(*load_function(name))
+        else:
+            rewards[name] = checked(REWARDS[base](device, *models), Guest(name))
 
     def mixture(images, prompts):
-        total = torch.zeros(len(images), dtype=torch.float64)  # in float32 the mean of equal values may miss them by 1e-7
+        # in float64: the float32 mean of equal values may miss them by 1e-7
+        total = torch.zeros(len(images), dtype=torch.float64)
         for name, weight in weights.items():
             values = rewards[name](images, prompts).double()
             total += weight * (values - values.mean()) / (values.std(correction=0) + 1e-6)
@@ -279,51 +476,79 @@ def get_reward(spec, device=None):
     if len(weights) > 1:
         return mixture
     [(name, weight)] = weights.items()
-    return rewards[name] if weight == 1 else lambda images, prompts: weight * rewards[name](images, prompts)
+    if weight == 1:
+        return rewards[name]
+    return lambda images, prompts: weight * rewards[name](images, prompts)
 
 
-def checked(name, reward):
-    """reward, with what goes in and what comes out looked at, and with the picture that made it fail in the error."""
+def checked(reward, guest):
+    """reward, with what goes in and what comes out checked.
+
+    It gets copies. Where it fails, the error names the picture.
+    """
+    name = guest.name
+
+    def ask(images, prompts):
+        with guest.at_work():
+            return reward(images.clone(), list(prompts))
+
     def call(images, prompts):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(prompts) != len(images):
-            raise ValueError(f"reward {name}: takes uint8 images (B, 3, H, W) and B prompts, not {images.dtype} "
-                             f"{tuple(images.shape)} and {len(prompts)} prompts")
+        wrong = images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3
+        if wrong or len(prompts) != len(images):
+            raise ValueError(f"reward {name}: takes uint8 images (B, 3, H, W) and B prompts, not "
+                             f"{images.dtype} {tuple(images.shape)} and {len(prompts)} prompts")
         try:
-            values = reward(images, prompts)
-        except RewardError:
+            values = ask(images, prompts)
+        except (RewardError, KeyboardInterrupt):
             raise
-        except Exception as error:
-            raise find_culprit(name, reward, images, prompts, error) from error
+        except BaseException as error:  # SystemExit, too
+            raise find_culprit(name, ask, images, prompts, error) from error
         return check_rewards(name, values, images, prompts)
 
     call.counts = getattr(reward, "counts", {})
     return call
 
 
-def find_culprit(name, reward, images, prompts, error):
-    """The RewardError for an exception: asks for the pictures one by one, to name the first that raises alone."""
+def find_culprit(name, ask, images, prompts, error):
+    """The RewardError for an exception. Asks for the pictures one by one, to name the first that
+    raises alone."""
     for i, prompt in enumerate(prompts):
         try:
-            reward(images[i : i + 1], [prompt])
-        except Exception as alone:
+            ask(images[i : i + 1], [prompt])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as alone:
             message = f"reward {name}: raised {one_line(alone)}, for image {i}, {prompt!r}"
             return RewardError(message, i, prompt, images[i])
-    return RewardError(f"reward {name}: raised {one_line(error)}, for the batch, but for no image alone")
+    return RewardError(f"reward {name}: raised {one_line(error)}, for the batch, but for no image "
+                       "alone")
 
 
 def check_rewards(name, values, images, prompts):
-    """values as a float32 tensor (B,) on the CPU. Raises RewardError for anything but one finite number an image."""
+    """values as a float32 tensor (B,) on the CPU, a copy: a reward may use one buffer for all.
+
+    Raises RewardError for anything but one finite real number an image.
+    """
+    count = len(images)
     try:
-        values = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise RewardError(f"reward {name}: returned {type(values).__name__} {values!r:.80}; return one number an image, "
-                          f"{len(images)} in all") from None
-    if values.shape != (len(images),):
-        raise RewardError(f"reward {name}: returned shape {tuple(values.shape)} for {len(images)} images; return one number an "
-                          f"image, shape ({len(images)},)")
-    for i in (~values.isfinite()).nonzero().flatten().tolist():
-        raise RewardError(f"reward {name}: returned {values[i].item()} for image {i}, {prompts[i]!r}", i, prompts[i], images[i])
-    return values
+        if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+            tensor = torch.from_numpy(values.astype(np.float32))  # any strides, any byte order
+        else:
+            tensor = torch.as_tensor(values, device="cpu").detach()
+        if tensor.is_complex():
+            raise TypeError("complex")
+        tensor = tensor.to(torch.float32, copy=True)
+    except Exception:  # TypeError, ValueError, RuntimeError, and those of strange containers
+        what = f"{type(values).__name__} {' '.join(repr(values).split()):.80}"
+        raise RewardError(f"reward {name}: returned {what}; return one number an image, {count} in "
+                          "all") from None
+    if tensor.shape != (count,):
+        raise RewardError(f"reward {name}: returned shape {tuple(tensor.shape)} for {count} "
+                          f"images; return one number an image, shape ({count},)")
+    for i in (~tensor.isfinite()).nonzero().flatten().tolist():
+        message = f"reward {name}: returned {tensor[i].item()} for image {i}, {prompts[i]!r}"
+        raise RewardError(message, i, prompts[i], images[i])
+    return tensor
 
 
 def one_line(error):
@@ -337,19 +562,20 @@ def pick_device(device):
 if __name__ == "__main__":
     import argparse
 
-    import numpy as np
-
     parser = argparse.ArgumentParser(description="Score pictures from disk, a line each.")
     parser.add_argument("pictures", nargs="+")
-    parser.add_argument("--reward", default="compress", help="as in ddpo.py; a mixture's parts are printed one by one")
+    parser.add_argument("--reward", default="compress",
+                        help="as in ddpo.py; a mixture's components are printed one by one")
     parser.add_argument("--prompt", default="", help="what the pictures should show")
     parser.add_argument("--device", default=None)
     args = parser.parse_args()
     try:
         rewards = {name: get_reward(name, args.device) for name in parse_reward(args.reward)}
         for file in args.pictures:
-            picture = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None]  # (1, 3, H, W)
-            scores = [f"{name} {reward(picture, [args.prompt]).item():.4f}" for name, reward in rewards.items()]
+            array = np.array(Image.open(file).convert("RGB"))
+            picture = torch.from_numpy(array).permute(2, 0, 1)[None]  # (1, 3, H, W)
+            scores = [f"{name} {reward(picture, [args.prompt]).item():.4f}"
+                      for name, reward in rewards.items()]
             print(*scores, file, sep="  ")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")

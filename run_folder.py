@@ -1,18 +1,26 @@
-"""What a run leaves on disk: weights that load in plain diffusers, checkpoints that survive a kill, curves and pictures.
+"""What a run leaves on disk: weights that load in plain diffusers, checkpoints that survive a kill and
+a power cut, curves and pictures.
 
     runs/<name>/config.json                        every setting
                 metrics.jsonl                      one row an epoch; the README defines every key
-                rewards.png, progress.png          the curves; the same prompts and seeds, look by look
-                pytorch_lora_weights.safetensors   for pipe.load_lora_weights(folder); or unet/, the whole UNet
+                rewards.png, progress.png          curves; the same prompts and seeds, by evaluation
+                pytorch_lora_weights.safetensors   for pipe.load_lora_weights(folder); or unet/, all of it
                 checkpoint/epoch_*.pt              the last two, for --resume
+                lock                               while a process writes the run
 """
 
+import contextlib
+import fcntl
 import json
+import math
 import os
 import shutil
+import socket
 import sys
 import textwrap
+import zipfile
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -20,11 +28,110 @@ from safetensors import SafetensorError
 
 from prompts import set_names
 
+LOCKS = {}  # folder of a run that this process writes -> its open lock file
+EMPTY = b" \t\r\n\0"  # what a file may be full of after a power cut
 
-def write_whole(path, text):
-    """Under a temporary name, then renamed: a kill leaves the old file or the new one."""
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+
+def sync(path):
+    """Wait until what was written to a file, or renamed in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path, content):
+    """Write a file such that a kill or a power cut leaves the old one or the new one, never a part.
+
+    The order matters: the bytes are on the disk before the name points to them, and the name is on
+    the disk before this returns. content: text, bytes, or a function that writes to a binary file.
+    Raises OSError, one line that names the file.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({one_line(error)})") from error
+
+
+def append(path, line):
+    """Add a line to a file, and wait until it is on the disk. Raises OSError, which names the file."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({one_line(error)})") from error
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def reserved(folder):
+    """Make the folder of a run and lock it for this process, until `release` or the process's end.
+
+    The kernel lets go of the lock when a process ends, however it ends. If the block raises, all that
+    was made is removed again. Raises ValueError if another process has the lock.
+    """
+    folder = Path(folder).resolve()
+    if folder in LOCKS:  # this process's own: a run that failed, or one that goes on
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    while folder not in LOCKS:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / "lock", "a+")
+        except FileNotFoundError:  # another process has just removed what it had made
+            continue
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written ({one_line(error)}); choose another --out") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise ValueError(f"{folder}: {owner} is writing this run; wait for it, or choose another --name") from None
+        except OSError as error:
+            print(f"{folder}: cannot be locked ({one_line(error)}); see to it that one process writes it", file=sys.stderr)
+        with contextlib.suppress(FileNotFoundError):
+            # a process that removed its lock after we opened it has left us a file without a name
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+                LOCKS[folder] = file
+    try:
+        yield
+    except BaseException:
+        release(folder)
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty: there is more in it than a lock
+                path.rmdir()
+        raise
+
+
+def release(folder):
+    """Let another process write the run."""
+    folder = Path(folder).resolve()
+    if folder in LOCKS:
+        (folder / "lock").unlink(missing_ok=True)
+        LOCKS.pop(folder).close()
 
 
 def save_weights(pipeline, config, folder):
@@ -45,7 +152,9 @@ def save_weights(pipeline, config, folder):
             pipeline.unet.save_pretrained(scratch)
         target.mkdir(exist_ok=True)
         for file in sorted(scratch.iterdir()):  # config.json comes before the weights
+            sync(file)
             os.replace(file, target / file.name)
+        sync(target), sync(target.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(f"{target}: weights cannot be written ({error}); the checkpoint before is intact: make room, then "
                       f"--resume {run}") from error
@@ -54,42 +163,98 @@ def save_weights(pipeline, config, folder):
 
 
 def save_checkpoint(folder, state):
-    """Under a temporary name, then renamed: there is no moment at which a kill leaves less than the checkpoint before."""
+    """There is no moment at which a kill or a power cut leaves less than the checkpoint before."""
     folder.mkdir(exist_ok=True)
+    sync(folder.parent)
     path = folder / f"epoch_{state['epoch']:06d}.pt"
     try:
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        path.with_suffix(".tmp").unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error}); the checkpoint before it is intact: make room, then "
-                      f"--resume {folder.parent}") from error
+        write_whole(path, lambda file: torch.save(state, file))
+    except OSError as error:
+        raise OSError(f"{error}; the checkpoint before is intact: make room, then --resume {folder.parent}") from error
     for old in sorted(folder.glob("epoch_*.pt"))[:-2]:
         old.unlink()
 
 
 def load_checkpoint(folder):
-    """The newest checkpoint that can be read, or None."""
-    for path in sorted(folder.glob("epoch_*.pt"), reverse=True):
+    """The newest checkpoint that is whole, or None where there is none.
+
+    A damaged one is passed over, with a line, for the one before. Raises ValueError if there are some
+    and none can be read: to begin again would overwrite what they are of.
+    """
+    folder = Path(folder)
+    try:
+        names = sorted((name for name in os.listdir(folder) if name.startswith("epoch_") and name.endswith(".pt")), reverse=True)
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be read ({one_line(error)}); make it readable") from None
+    for name in names:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a truncated zip raises whatever part of it is missed first
-            print(f"{path}: damaged ({type(error).__name__}), going back to the one before", file=sys.stderr)
+            file = open(folder / name, "rb")
+        except OSError as error:
+            raise ValueError(f"{folder / name}: cannot be read ({one_line(error)}); make it readable, or move it away "
+                             "to go on from the one before") from None
+        with file:
+            try:
+                with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums in it
+                    if wrong := archive.testzip():
+                        raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
+                file.seek(0)
+                return torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged zip raises whatever part of it is missed first
+                print(f"{folder / name}: damaged ({type(error).__name__}), going back to the one before", file=sys.stderr)
+    if names:
+        raise ValueError(f"{folder / names[0]}: damaged, and there is no other that can be read; bring back a copy of "
+                         f"{folder}, or begin anew with another --name")
     return None
 
 
+def read_config(folder):
+    """The settings of a run, a dict. Where config.json is empty or missing, they are those of the
+    newest checkpoint. Raises ValueError, one line."""
+    path = Path(folder) / "config.json"
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        if not content.strip(EMPTY):
+            saved = load_checkpoint(path.parent / "checkpoint")
+            if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+                raise ValueError(f"{path}: {'empty, and there is no checkpoint; delete the folder' if path.exists() else 'there is none'}; "
+                                 "give the folder of a run, such as runs/compress")
+            print(f"{path}: {'empty' if path.exists() else 'missing'}; the settings are those of the checkpoint", file=sys.stderr)
+            return saved["config"]
+        settings = json.loads(content)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({one_line(error)}); make it readable") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({one_line(error)}); mend it, or delete it: the checkpoint has the settings, too") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: holds {type(settings).__name__}, not settings; mend it, or delete it: the checkpoint has them, too")
+    return settings
+
+
+def row_line(row):
+    """A row of metrics.jsonl. JSON has no infinity, which is the gradient's norm where fp16 overflowed."""
+    return json.dumps({key: value if value is None or math.isfinite(value) else None for key, value in row.items()})
+
+
 def read_metrics(path):
-    """The rows of metrics.jsonl, without a last line that a kill may have cut off."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of metrics.jsonl, a list by epoch. The last row of an epoch counts; a last line that a
+    kill has cut off does not. Raises ValueError for any other line that is not a row."""
+    path, rows = Path(path), {}
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip(EMPTY):
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            row = json.loads(line)
+            if type(row["epoch"]) is not int:
+                raise ValueError
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise ValueError(f"{path} lacks rows: line {number} is damaged; mend it, or begin anew with another --name") from None
+        rows[row["epoch"]] = row
+    return [rows[epoch] for epoch in sorted(rows)]
 
 
 def plot_rewards(rows, config, path):
@@ -116,7 +281,7 @@ def plot_rewards(rows, config, path):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
 
 
@@ -163,11 +328,26 @@ def picture_grid(rows, row_labels=None, column_labels=None, cell=None):
     return grid
 
 
-def stack_pictures(paths, out):
-    strips = [Image.open(path) for path in paths]
+def save_picture(picture, path):
+    write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
+def draw_progress(folder, epoch, most=20):
+    """progress.png: a strip for each evaluation up to this epoch; where there are more than `most`,
+    evenly chosen ones, with the first and the last."""
+    paths = sorted(path for path in (folder / "progress").glob("*.png") if path.stem.isdecimal() and int(path.stem) <= epoch)
+    if len(paths) > most:
+        paths = [paths[i * (len(paths) - 1) // (most - 1)] for i in range(most)]
+    strips = []
+    for path in paths:
+        try:
+            with Image.open(path) as strip:
+                strips.append(strip.convert("RGB"))
+        except Exception as error:  # Pillow raises many kinds for a picture that is damaged
+            print(f"{path}: not a picture ({type(error).__name__}); left out of progress.png", file=sys.stderr)
     sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
     top = 0
     for strip in strips:
         sheet.paste(strip, (sheet.width - strip.width, top))
         top += strip.height
-    sheet.save(out)
+    save_picture(sheet, folder / "progress.png")

@@ -1,47 +1,39 @@
-"""Sampling as a policy: a stochastic DDIM sampler that remembers every step it took and how likely that step was.
+"""Sampling as a policy: a stochastic sampler that remembers every step it took and how likely that step was.
 
     python sample.py --prompt "a cat" --prompt "a fox"                    pictures of the shipped model
     python sample.py --prompt "a cat" --lora runs/compress                before and after fine-tuning, same seeds
+    python sample.py --prompt "a cat" --model models/emoji-flow           a flow-matching model
 
-Denoising trajectories x_T, ..., x_0. Seen from x_t, the next latents are drawn from a Gaussian whose mean the network sets and
-whose width σ the scheduler sets: an action with an exact likelihood, which is all that a policy gradient asks for.
+Denoising trajectories x_T, ..., x_0. Seen from x_t, the next latents are drawn from a Gaussian whose mean the network sets
+and whose width σ the sampler sets: an action with an exact likelihood, which is all that a policy gradient asks for.
+For Stable Diffusion and its usual sampler (`ddim`) a step is
 
     ε̂  = ε_u + w (ε_c − ε_u)                                        classifier-free guidance
     σ  = η sqrt((1−ᾱ')/(1−ᾱ) · (1 − ᾱ/ᾱ'))                          DDIM, Eq. 16 (Song et al. 2020)
     μ  = sqrt(ᾱ') (x − sqrt(1−ᾱ) ε̂)/sqrt(ᾱ) + sqrt(1−ᾱ'−σ²) ε̂      DDIM, Eq. 12
     x' ~ N(μ, σ²)
 
-μ is affine in x and in the network's output, whatever the network predicts. So four numbers a step are the whole
-scheduler: c_x, c_o, σ, log σ. `ddim_table` computes them once; `ddim_step` needs nothing else, and neither do the kernels.
+μ is affine in x and in the network's output, whatever the network predicts, for flow-matching models too, and for the
+other samplers that people use on them. So four numbers a step are the whole scheduler: c_x, c_o, σ, log σ. `ddim_table`
+derives and computes them once; `ddim_step` needs nothing else, and neither do the kernels.
 """
 
-import contextlib
+import copy
 import itertools
 import json
-import os
-import warnings
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # both libraries remark on what is fine here, torchvision's absence
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # for one; set them to "warning" to hear it
+from models import (DTYPES, autocast, decode, default_device, encode_prompts, first_line, is_emoji, latents_shape,
+                    load_pipeline, load_tuned, predict)  # first: it quiets the libraries
 
-warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # diffusers 0.42 calls it dtype, releases before do not know that
-
-import diffusers
 import torch
-import transformers
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from kernels.ddim_step import fused_ddim_step
 from run_folder import picture_grid
-
-for library in (diffusers, transformers):
-    library.utils.logging.disable_progress_bar()  # of loading; our own bars come later and say more
-HERE = Path(__file__).parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -50,101 +42,65 @@ class Trajectories:
 
     latents: torch.Tensor  # (B, T+1, C, H, W) float32, from pure noise to x_0
     log_probs: torch.Tensor  # (B, T) float32, mean over C, H, W; 0 where a step had no noise
-    timesteps: torch.Tensor  # (T,) int64, descending
+    timesteps: torch.Tensor  # (T,) as the network is told them, descending
     images: torch.Tensor  # (B, 3, height, width) uint8
     prompts: list
 
 
-def default_device():
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora_scale=1.0):
-    """A StableDiffusionPipeline from a folder in diffusers' layout or a hub id, with the scheduler this repo samples with.
-
-    lora: a run's folder: its adapter (pytorch_lora_weights.safetensors), or its whole fine-tuned unet/.
-    lora_scale: the strength of what was trained, adapter or whole UNet: 0 (the base model) to 1 (as trained).
-    dtype: of the UNet and the text encoder; the VAE stays in float32, because bfloat16 cannot tell 256 levels apart.
-    Raises ValueError, one line, if something cannot be loaded or is not a Stable Diffusion of the first generations.
-    """
-    try:
-        device, dtype = torch.device(device or default_device()), dtype or torch.float32
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: cannot be used here ({first_line(error)}); choose cpu, or cuda where there is a GPU") from error
-    source = model if Path(model).exists() or not (HERE / model).exists() else str(HERE / model)  # models/emoji from anywhere
-    if Path(source).exists() and not (Path(source) / "model_index.json").exists():
-        raise ValueError(f"--model {model}: no model_index.json in it; give a folder in diffusers' layout, or a hub id")
-    default = torch.get_default_dtype()
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype={"default": dtype, "vae": torch.float32},
-                                                           safety_checker=None, requires_safety_checker=False)
-    except Exception as error:  # the hub and the loaders raise many kinds; all of them mean the same to the user
-        torch.set_default_dtype(default)  # a loader that fails half-way leaves its own
-        raise ValueError(f"--model {model}: cannot be loaded as a StableDiffusionPipeline ({first_line(error)}); give a folder in "
-                         "diffusers' layout or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5") from error
-    if pipeline.unet.config.addition_embed_type or pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-        raise ValueError(f"--model {model}: not a text-to-image Stable Diffusion 1 or 2 (its UNet asks for more than latents, a "
-                         "timestep and a prompt); give one such as stable-diffusion-v1-5/stable-diffusion-v1-5")
-    pipeline.scheduler = ddim_scheduler(pipeline.scheduler)
-    if lora is not None:
-        load_tuned(pipeline, Path(lora), lora_scale, dtype)
-    if device.type == "cuda":
-        pipeline.unet.to(memory_format=torch.channels_last)  # how tensor cores want a convolution's input
-    if device.type == "cpu":
-        # On a CPU the backward of scaled_dot_product_attention is 16 times slower in bf16 than in fp32; plain matrix
-        # products are not, and at these sizes nothing is lost by them.
-        pipeline.unet.set_attn_processor(AttnProcessor())
-    for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
-        module.requires_grad_(False).eval()
-    pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def is_emoji(model):
-    """Whether a folder is the shipped model, however its path is written."""
-    return Path(model).name == "emoji"
-
-
-def load_tuned(pipeline, folder, scale, dtype):
-    """Put a run's weights into the pipeline: its whole unet/, or its adapter."""
-    try:
-        if (folder / "unet").exists():
-            tuned = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype)
-            for parameter, base in zip(tuned.parameters(), pipeline.unet.parameters(), strict=True):
-                parameter.data = torch.lerp(base.data, parameter.data, scale)
-            pipeline.unet = tuned
-        elif (folder / "pytorch_lora_weights.safetensors").exists():
-            pipeline.load_lora_weights(str(folder), adapter_name="tuned")
-            pipeline.set_adapters(["tuned"], [scale])
-        else:
-            raise ValueError("no pytorch_lora_weights.safetensors and no unet/ in it")
-    except Exception as error:  # as above
-        raise ValueError(f"--lora {folder}: cannot be loaded ({first_line(error)}); give the folder of a run of this model") from error
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def latents_shape(pipeline):
-    """(C, H, W) of the latents that the UNet was trained on."""
-    size = pipeline.unet.config.sample_size
-    return (pipeline.unet.config.in_channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
-
-
 def ddim_scheduler(scheduler):
-    """DDIM with the noise schedule of any diffusers scheduler. Raises ValueError if its steps would not be affine."""
-    config = dict(scheduler.config)
+    """The scheduler that we sample with: a flow-matching one as it is, otherwise DDIM with the same noise schedule.
+
+    Settings keep the values that the given scheduler runs with, also those that its file left out.
+    Raises ValueError, one line, for a scheduler of neither kind, and for options under which the steps would be others,
+    or not affine.
+    """
+    config, name = dict(scheduler.config), type(scheduler).__name__
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        for option in ("stochastic_sampling", "invert_sigmas"):
+            if config.get(option):
+                raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that we sample; "
+                                 f"set {option} to false in scheduler/scheduler_config.json")
+        return scheduler
+    if "beta_schedule" not in config or config.get("use_flow_sigmas"):
+        raise ValueError(f"scheduler: {name} has no noise schedule that we know; give one with a beta schedule, such as "
+                         "DDIMScheduler, or FlowMatchEulerDiscreteScheduler")
     for option in ("clip_sample", "thresholding"):
         if config.get(option, False):
             raise ValueError(f"scheduler: {option}=True bends the step, which is then no Gaussian around an affine mean; "
                              f"set {option} to false in scheduler/scheduler_config.json")
         config[option] = False  # DDIMScheduler's own default for clip_sample is True
-    return DDIMScheduler.from_config(config)
+    config.pop("_use_default_values", None)  # or DDIM's defaults would replace what the file left to another class's
+    try:
+        return DDIMScheduler.from_config(config)
+    except NotImplementedError:
+        raise ValueError(f"scheduler: beta_schedule {config['beta_schedule']!r} of {name} is not one of DDIM's; "
+                         "choose linear, scaled_linear or squaredcos_cap_v2, or give trained_betas") from None
+
+
+def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
+    """(timesteps (T,), α (T+1,), s (T+1,) float64): step i leads from x = α_i x_0 + s_i ε to that of i + 1.
+
+    mu, sigmas: what the pipelines of some flow-matching models hand to their scheduler's set_timesteps.
+    """
+    scheduler = copy.deepcopy(ddim_scheduler(scheduler))  # set_timesteps leaves marks
+    total = scheduler.config.num_train_timesteps
+    if not 1 <= num_steps <= total:
+        raise ValueError(f"--steps {num_steps}: the schedule has {total}; choose 1 to {total}")
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        if scheduler.config.use_dynamic_shifting and mu is None:
+            raise ValueError("scheduler: use_dynamic_shifting needs the shift mu of the picture's size, which this model's "
+                             "pipeline does not tell; set it to false, and shift, in scheduler/scheduler_config.json")
+        scheduler.set_timesteps(num_steps, sigmas=sigmas, **{} if mu is None else {"mu": mu})
+        s = scheduler.sigmas.cpu().double()
+        return scheduler.timesteps.cpu(), 1 - s, s
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps.cpu()
+    if timesteps.max() >= total:
+        raise ValueError(f"--steps {num_steps}: with the scheduler's steps_offset the first step would be {timesteps.max()}, "
+                         f"past its {total}; choose {total // 2} or fewer")
+    # each step ends where the next one begins: t - T/num_steps, as DDIM has it, is another place under some spacings
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps], scheduler.final_alpha_cumprod.view(1)]).double()
+    return timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 def step_etas(steps, eta=1.0, window=""):
@@ -154,49 +110,76 @@ def step_etas(steps, eta=1.0, window=""):
     return torch.where((step >= first) & (step < end), eta, 0.0)
 
 
-def ddim_table(scheduler, num_steps, eta=1.0):
-    """(timesteps (T,) int64, table (T, 4) float32): per step c_x, c_o, σ, log σ, so that μ = c_x x + c_o output.
+# η of each sampler where nothing else is asked for: 1 is DDPM's noise; the others have what their papers' code has.
+ETAS = {"ddim": 1.0, "cps": 0.7, "flow": 0.7, "dance": 0.3}
+MAX_ETAS = {"ddim": 1.0, "cps": 1.0, "flow": 2.0, "dance": 2.0}  # past 1, ddim and cps would add more noise than s'
 
-    eta: one for all steps, or one for each, (T,). Where σ = 0 (all steps at eta 0; the last one of a scheduler with set_alpha_to_one)
-    log σ is -inf: a deterministic step.
-    Raises ValueError for steps the schedule does not have, an eta outside [0, 1], a step that is not affine, or a schedule under which
-    x_0 cannot be told.
+
+def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=None):
+    """(timesteps (T,), table (T, 4) float32): per step c_x, c_o, σ, log σ, so that μ = c_x x + c_o output.
+
+    A noisy sample is x = α x_0 + s ε: Stable Diffusion has α = sqrt(ᾱ), s = sqrt(1 − ᾱ), flow matching α = 1 − t, s = t.
+    The network's output o, with x, tells x̂_0 and ε̂, both affine in (x, o):
+
+        epsilon: ε̂ = o        v: x̂_0 = α x − s o        sample: x̂_0 = o        flow (o = ε − x_0): x̂_0 = (x − s o)/(α + s)
+
+    and the other one of the two follows from x = α x̂_0 + s ε̂. A step to (α', s') puts both together anew, with less of the
+    old noise ε̂ where it adds new: μ = α' x̂_0 + b ε̂. With b = s' and σ = 0 that is the model's ODE, in any coordinates.
+
+        ddim    σ = η s' sqrt(1 − (α s'/(α' s))²)        b = sqrt(s'² − σ²)     Eq. 16 and 12; η = 1 is DDPM
+        cps     σ = s' sin(η π/2)                        b = sqrt(s'² − σ²)     Flow-CPS (arXiv 2509.05952)
+        flow    σ = η k' sqrt(t/(1 − t)) sqrt(t − t')    b = s' − σ²/(2 k' t)   Flow-GRPO (arXiv 2505.05470)
+        dance   σ = η k' sqrt(t − t')                    b = s' − σ²/(2 k' t)   DanceGRPO (arXiv 2505.07818)
+
+    k = α + s takes any x to flow coordinates, x/k at time t = s/k. The last two are Euler–Maruyama steps there of an SDE
+    with g² = σ²/(t − t'): its drift v − g²/(2t) ε̂ lowers b to first order only, so some noise is left in the picture.
+
+    eta: η, one for all steps or one for each, (T,), in the sampler's own meaning; ETAS has the usual ones. Where σ = 0 (all
+    steps at eta 0; the last one, where it ends without noise) log σ is -inf: a deterministic step.
+    timesteps are what the network is told: int64, or float32 of a flow-matching scheduler. mu, sigmas: see noise_levels.
+    Raises ValueError for steps the schedule does not have, an unknown sampler, an eta out of its range, a step that is not
+    affine, or a schedule under which x_0 cannot be told.
     """
-    scheduler = ddim_scheduler(scheduler)  # a copy: set_timesteps leaves marks
-    total, kind = scheduler.config.num_train_timesteps, scheduler.config.prediction_type
-    if not 1 <= num_steps <= total:
-        raise ValueError(f"--steps {num_steps}: the schedule has {total}; choose 1 to {total}")
+    if sampler not in ETAS:
+        raise ValueError(f"--sampler {sampler}: unknown; choose {', '.join(ETAS)}")
     eta = torch.as_tensor(eta, dtype=torch.float64)
-    if not ((eta >= 0) & (eta <= 1)).all():
-        raise ValueError(f"--eta {eta.tolist()}: must lie between 0 (deterministic) and 1 (as noisy as DDPM)")
-    scheduler.set_timesteps(num_steps)
-    timesteps = scheduler.timesteps.cpu()
-    if timesteps.max() >= total:
-        raise ValueError(f"--steps {num_steps}: with the scheduler's steps_offset the first step would be {timesteps.max()}, past its "
-                         f"{total}; choose {total // 2} or fewer")
-    previous = timesteps - total // num_steps
+    if not ((eta >= 0) & (eta <= MAX_ETAS[sampler])).all():
+        raise ValueError(f"--eta {eta.tolist()}: must lie between 0 (deterministic) and {MAX_ETAS[sampler]:g} "
+                         f"(with --sampler {sampler})")
+    timesteps, alpha, s = noise_levels(scheduler, num_steps, mu, sigmas)
+    alpha, alpha_next, s, s_next = alpha[:-1], alpha[1:], s[:-1], s[1:]
 
-    alpha_bar = scheduler.alphas_cumprod.double()
-    a = alpha_bar[timesteps]  # ᾱ
-    a_prev = torch.where(previous >= 0, alpha_bar[previous.clamp(min=0)], scheduler.final_alpha_cumprod.double())  # ᾱ'
-    sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()  # Eq. 16
-    direction = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
+    if sampler in ("ddim", "cps"):
+        share = (1 - (alpha * s_next / (alpha_next * s)) ** 2).sqrt() if sampler == "ddim" else 1.0
+        sigma = s_next * (eta * share if sampler == "ddim" else (eta * math.pi / 2).sin())
+        direction = (s_next**2 - sigma**2).clamp(min=0).sqrt()
+    else:
+        k_next, t = alpha_next + s_next, s / (alpha + s)
+        t_next = s_next / k_next
+        g = eta * (t / (1 - torch.where(t < 1, t, t_next))).sqrt() if sampler == "flow" else eta  # 1 − t is 0 at pure noise
+        sigma = k_next * g * (t - t_next).sqrt()
+        direction = s_next - sigma**2 / (2 * k_next * t)
 
     # x̂_0 and ε̂, each as (factor of x, factor of the network's output)
-    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    kind = "flow" if flow else scheduler.config.get("prediction_type", "epsilon")
     if kind == "epsilon":
-        clean, noise = (1 / a.sqrt(), -(1 - a).sqrt() / a.sqrt()), (zero, one)
+        clean, noise = (1 / alpha, -s / alpha), (zero, one)
     elif kind == "v_prediction":
-        clean, noise = (a.sqrt(), -(1 - a).sqrt()), ((1 - a).sqrt(), a.sqrt())
+        clean, noise = (alpha, -s), (s, alpha)
     elif kind == "sample":
-        clean, noise = (zero, one), (1 / (1 - a).sqrt(), -a.sqrt() / (1 - a).sqrt())
+        clean, noise = (zero, one), (1 / s, -alpha / s)
+    elif kind in ("flow", "flow_prediction"):
+        clean, noise = (1 / (alpha + s), -s / (alpha + s)), (1 / (alpha + s), alpha / (alpha + s))
     else:
-        raise ValueError(f"scheduler: prediction_type {kind!r} is unknown; use epsilon, v_prediction or sample")
-    c_x, c_o = (a_prev.sqrt() * clean[i] + direction * noise[i] for i in (0, 1))  # Eq. 12
+        raise ValueError(f"scheduler: prediction_type {kind!r} is unknown; use epsilon, v_prediction, sample or, for flow "
+                         "matching, FlowMatchEulerDiscreteScheduler")
+    c_x, c_o = (alpha_next * clean[i] + direction * noise[i] for i in (0, 1))
     table = torch.stack([c_x, c_o, sigma, sigma.log()], dim=1).float()
     if not table[:, :3].isfinite().all():
-        raise ValueError(f"scheduler: with prediction_type {kind!r} its schedule ends in pure noise, where x_0 cannot be told; such a "
-                         "schedule (rescale_betas_zero_snr) needs v_prediction")
+        raise ValueError(f"scheduler: with prediction_type {kind!r} its schedule ends in pure noise, where x_0 cannot be told; "
+                         "such a schedule (rescale_betas_zero_snr) needs v_prediction")
     return timesteps, table
 
 
@@ -220,67 +203,38 @@ def ddim_step(output, latents, coefficients, next_latents=None, generator=None, 
     return next_latents, torch.where(coefficients[..., 2] > 0, log_prob, 0.0)
 
 
-def autocast(device, dtype):
-    """bf16 and fp16 mean mixed precision: weights may be float32, matrix products are not."""
-    device = torch.device(device)
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+def signal_and_noise(scheduler, timesteps):
+    """(α, s), each (B, 1, 1, 1), of x_t = α x_0 + s ε: √ᾱ and √(1−ᾱ), or 1 − t and t of flow models."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    sigma = timesteps.view(-1, 1, 1, 1) / scheduler.config.num_train_timesteps  # shifted as in sampling
+    return 1 - sigma, sigma
 
 
-def predict(unet, latents, timesteps, prompt_embeds, negative_embeds=None, dtype=torch.float32):
-    """The network's output (B, C, H, W), or, with negative_embeds, (2B, C, H, W): unconditional half first, in one pass.
-
-    timesteps: (B,). prompt_embeds: (B, L, E). negative_embeds: (1, L, E), of the empty prompt.
-    """
-    if negative_embeds is not None:
-        latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-        prompt_embeds = torch.cat([negative_embeds.expand_as(prompt_embeds), prompt_embeds])
-    with autocast(latents.device, dtype):
-        return unet(latents.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype)).sample.contiguous()
-
-
-@torch.no_grad()
-def encode_prompts(pipeline, prompts, cache=None):
-    """(B, L, E) embeddings, on the UNet's device. cache: a dict that remembers them, {prompt: (L, E)}.
-
-    Each different prompt is encoded once and alone, so that its embedding does not depend on its company. The text encoder works
-    wherever it is: it may stay on the CPU.
-    """
-    cache = {} if cache is None else cache
-    for prompt in prompts:
-        if prompt not in cache:
-            embeds = pipeline.encode_prompt(prompt, pipeline.text_encoder.device, 1, False)[0][0]
-            cache[prompt] = embeds.to(pipeline.unet.device)
-    return torch.stack([cache[prompt] for prompt in prompts])
-
-
-@torch.no_grad()
-def decode(pipeline, latents, batch_size=8):
-    """(B, C, H, W) latents -> (B, 3, height, width) uint8, in slices, because a decoder's activations are large.
-
-    A VAE that waits on the CPU is brought to the latents for the time that this takes.
-    """
-    vae, home = pipeline.vae, pipeline.vae.device
-    vae.to(latents.device)
-    images = []
-    for part in latents.split(batch_size):
-        pixels = vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample
-        images.append(((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte())
-    vae.to(home)
-    return torch.cat(images)
+def noised(scheduler, clean, noise, timesteps):
+    """(x_t, the network's target, |∂x̂_0 / ∂output| (B,)). clean: x_0, (B, C, H, W); timesteps: (B,)."""
+    signal, sigma = signal_and_noise(scheduler, timesteps)
+    kind = getattr(scheduler.config, "prediction_type", "flow")  # flow schedulers have but one
+    target, slope = {"epsilon": (noise, sigma / signal),
+                     "v_prediction": (signal * noise - sigma * clean, sigma),
+                     "sample": (clean, torch.ones_like(sigma)),
+                     "flow": (noise - clean, sigma / (signal + sigma))}[kind]
+    return signal * clean + sigma * noise, target, slope.flatten()
 
 
 @torch.no_grad()
 def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta=1.0, generator=None, dtype=None,
-                        on_step=None, cache=None, step=None):
+                        on_step=None, cache=None, step=None, sampler="ddim"):
     """Sample one picture a prompt and keep the whole trajectory. guidance_scale <= 1 means no guidance (and half the work).
 
     generator: a torch.Generator, or one for each prompt (then a picture does not depend on its batch).
-    eta: one for all steps, or one for each. dtype: what the UNet computes in, by autocast (default: that of its weights); the trajectory
-    itself is float32. on_step: called after each step, for a progress bar. cache: see encode_prompts.
+    eta, sampler: see ddim_table. dtype: what the UNet computes in, by autocast (default: that of its weights); the
+    trajectory itself is float32. on_step: called after each step, for a progress bar. cache: see encode_prompts.
     step: what takes a step (default: `guided_step`; or a `GraphedStep`, which launches faster).
     """
     unet, device = pipeline.unet, pipeline.unet.device
-    timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta)
+    timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta, sampler)
     table = table.to(device)  # all that a step needs of the scheduler: no gather on the CPU, no wait for the GPU
     guided = guidance_scale is not None and guidance_scale > 1
     prompt_embeds = encode_prompts(pipeline, prompts, cache)

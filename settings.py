@@ -7,7 +7,6 @@ behind a field is also its text in `--help`, and a comment line above some field
 import argparse
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
@@ -18,6 +17,7 @@ import torch
 
 import kernels
 from rewards import parse_reward
+from run_folder import read_config
 from sample import DTYPES, default_device, is_emoji
 
 
@@ -123,8 +123,13 @@ def check(config):
     """Fills in the settings that follow from others. Raises ValueError, one line, for what cannot work."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(config, field.name, "must be a finite number")
+        if isinstance(value, float) and not abs(value) <= 1e12:
+            refuse(config, field.name, "must be a finite number, at most 1e12")
+        if isinstance(value, int) and field.name != "seed" and abs(value) > 10**6:
+            refuse(config, field.name, "must be at most 1000000")
+    for name, weight in parse_reward(config.reward).items():
+        if abs(weight) > 1e6:
+            refuse(config, "reward", f"the weight of {name} must be at most 1e6")
     for setting in ("epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs", "train_batch",
                     "patience", "eval_every", "eval_images", "checkpoint_every"):
         if getattr(config, setting) < 1:
@@ -153,6 +158,9 @@ def check(config):
     lora_lr, whole_lr = (3e-3, 1e-4) if emoji else (3e-4, 1e-5)
     config.lr = config.lr or (lora_lr if config.lora_rank else whole_lr)
     config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward)
+    out, folder = os.path.abspath(config.out), os.path.abspath(os.path.join(config.out, config.name))
+    if folder == out or os.path.commonpath([out, folder]) != out:
+        refuse(config, "name", f"would be outside of --out {config.out}; give a name, such as first")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.eval_images < world:
         refuse(config, "eval_images", f"must be at least {world}, one for each process")
@@ -263,14 +271,18 @@ def resumed_config(run, given, config_class):
     if set(given) - {"epochs", "patience", "device"}:
         raise ValueError(f"--resume {run}: its settings are those of its config.json; only --epochs, "
                          "--patience and --device may be given beside it")
-    if not (run / "config.json").exists():
-        raise ValueError(f"--resume {run}: no config.json in it; give the folder of a run, such as "
-                         "runs/compress")
-    try:
-        config = config_class(**json.loads((run / "config.json").read_text()) | given)
-    except (TypeError, json.JSONDecodeError):
+    settings, defaults = read_config(run), {field.name: field.default for field in fields(config_class)}
+    if settings.keys() != defaults.keys():
+        differ = ", ".join(sorted(settings.keys() ^ defaults.keys())[:4])
         raise ValueError(f"--resume {run}: its config.json is not that of a run of "
-                         f"{Path(inspect.getfile(config_class)).name}; give the folder of one, or go on with "
-                         "the script that made it") from None
+                         f"{Path(inspect.getfile(config_class)).name} of this version (only one of them has "
+                         f"{differ}); go on with the script that made it")
+    for name, value in settings.items():
+        kind = type(defaults[name])
+        if kind is float and type(value) is int and abs(value) < 2**53:
+            settings[name] = float(value)
+        elif type(value) is not kind:
+            raise ValueError(f"{run / 'config.json'}: {name} is {value!r:.80}; it must be of type {kind.__name__}")
+    config = config_class(**settings | given)
     config.out, config.name = os.path.relpath(run.parent), run.name
     return config

@@ -21,7 +21,9 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,16 +33,22 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from prompts import load_prompts, sample_prompts, set_names
+from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
-from run_folder import (load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics, save_checkpoint, save_weights, write_whole)
-from settings import watched
+from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics,
+                        release, reserved, row_line, save_checkpoint, save_picture, save_weights, sync,
+                        write_whole)
 from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline, predict,
                     sample_trajectories, step_etas)
+from settings import watched
 
 
 class RunStopped(Exception):
     """A run that cannot go on, for a reason that lies outside this code. What it has done so far is on disk."""
+
+
+class PeerLost(Exception):
+    """Another process of this run has ended. What it said is what matters."""
 
 
 @dataclass
@@ -66,10 +74,12 @@ class Run:
     scaler: torch.amp.GradScaler
     reference: object = None  # a frozen copy of the UNet, where a whole one is trained and compared with it
     ema: list | None = None  # averaged parameters
-    saved: dict | None = None  # the checkpoint that it goes on from
+    saved: dict | None = None  # what the caller of `save` gave, of the checkpoint that it goes on from
     epoch: int = 0  # done
     updates: int = 0  # done
-    rows: list = field(default_factory=list)  # of metrics.jsonl
+    rows: list = field(default_factory=list)  # of metrics.jsonl, up to this epoch
+    eager: int = 0  # places of a compiled network that run in eager mode
+    later_rows: list = field(default_factory=list)  # those after it, of epochs that will be done again
     cache: dict = field(default_factory=dict)  # prompt -> embedding
     step: object = None  # what takes a sampling step, see sample_trajectories
     scorer: object = None  # a thread that computes rewards, or None
@@ -87,14 +97,27 @@ def gather(values):
     if not dist.is_initialized():
         return values
     lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, values)
+    with peers():
+        dist.all_gather_object(lists, values)
     return [value for part in lists for value in part]
 
 
 def reduce(tensor, operation=dist.ReduceOp.SUM):
     if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
+        with peers():
+            dist.all_reduce(tensor, operation)
     return tensor
+
+
+@contextlib.contextmanager
+def peers():
+    """Raises PeerLost where a collective fails because another process has ended."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo's; NCCL's are subclasses of it
+        raise PeerLost(f"another process of this run has ended ({str(error).splitlines()[0]})") from None
 
 
 def sum_gradients(parameters):
@@ -135,12 +158,33 @@ def make_optimizer(parameters, config):
 
 
 def start(config, resume=False, reference=False):
-    """A Run, ready for epoch run.epoch + 1. Raises ValueError, one line, before anything is written, if it cannot work.
+    """A Run, ready for epoch run.epoch + 1, in a folder that no other process writes until `close`.
 
-    reference: whether the loop needs the base model's outputs, see reference_output."""
-    device, dtype, folder = torch.device(config.device), DTYPES[config.dtype], Path(config.out) / config.name
-    if (folder / "config.json").exists() and not resume:
-        raise ValueError(f"{folder}: exists already; go on with --resume {folder}, or choose another --name")
+    reference: whether the loop needs the base model's outputs, see reference_output. Raises ValueError,
+    one line, before anything is written, if it cannot work.
+    """
+    folder = Path(config.out) / config.name
+    if int(os.environ.get("RANK", 0)):
+        return set_up(config, folder, resume, reference)
+    with reserved(folder):
+        if not resume and any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoint")):
+            raise ValueError(f"{folder}: exists already; go on with --resume {folder}, or choose another --name")
+        return set_up(config, folder, resume, reference)
+
+
+def close(run):
+    """After the last epoch: lets another process write the folder. A run that fails ends without it, for
+    a collective with a process that is gone may never return."""
+    if run.rank == 0:
+        release(run.folder)
+    if run.scorer:
+        run.scorer.shutdown()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_up(config, folder, resume, reference):
+    device, dtype = torch.device(config.device), DTYPES[config.dtype]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -154,6 +198,9 @@ def start(config, resume=False, reference=False):
         load_prompts(name)
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)  # what is trained is float32
+    notice = cut_notice(pipeline.tokenizer, prompts)
+    if notice and rank == 0:
+        print(notice, file=sys.stderr)
     unet = pipeline.unet
     eta = step_etas(config.steps, config.eta, config.window)
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
@@ -164,11 +211,18 @@ def start(config, resume=False, reference=False):
         pipeline.text_encoder.to("cpu"), pipeline.vae.to("cpu")
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    picture = decode(pipeline, torch.zeros(2, *latents_shape(pipeline), device=device))
+    try:
+        picture = decode(pipeline, torch.zeros(2, *latents_shape(pipeline), device=device))
+    except FloatingPointError as error:
+        raise ValueError(f"--model {config.model}: {error}; its VAE is broken, choose another") from None
     for reward in rewards.values():
         reward(picture, prompts[:1] * 2)
     parameters = make_trainable(unet, config)
     if config.compile:
+        from torch._dynamo import config as dynamo  # slow to import, so only here
+
+        # torch counts compilations by code, which all blocks of a kind share, and would run the others in eager mode
+        dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1024, 65536
         unet.to(memory_format=torch.channels_last)  # a GPU has it so already; on a CPU it only pays when operations are fused
         # Block by block: compiled as a whole (torch 2.13, CPU) all gradients below the first upsampling come out wrong, without a
         # word. The last norm too, for eager mode is slow at norms of bf16 in channels_last. And rounded as in eager mode: else
@@ -184,36 +238,118 @@ def start(config, resume=False, reference=False):
         run.reference = copy.deepcopy(unet).requires_grad_(False)
     if config.ema:
         run.ema = [p.detach().clone() for p in parameters]
-    run.saved = load_checkpoint(folder / "checkpoint") if resume else None
-    if run.saved:
-        run.epoch = run.saved["epoch"]
-        run.updates = run.epoch * config.updates * config.inner_epochs
-        with torch.no_grad():
-            for p, value in zip(parameters, run.saved["parameters"]):
-                p.copy_(value)
-            for p, value in zip(run.ema or [], run.saved["ema"] or []):
-                p.copy_(value)
-        run.optimizer.load_state_dict(run.saved["optimizer"])
-        run.scaler.load_state_dict(run.saved["scaler"])
-        run.rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["epoch"] <= run.epoch]
-        if [row["epoch"] for row in run.rows] != list(range(run.epoch + 1)):
-            raise ValueError(f"--resume {folder}: its checkpoint is of epoch {run.epoch}, but metrics.jsonl lacks rows before that, or has a "
-                             "damaged line; mend that file, or begin anew with another --name")
-    elif resume and rank == 0:
-        print(f"{folder}: no checkpoint that can be read; it begins again", file=sys.stderr)
+    if resume:
+        rows, saved = read_metrics(folder / "metrics.jsonl"), load_checkpoint(folder / "checkpoint")
+        if saved is None:
+            run.later_rows = rows
+            if rank == 0:
+                print(f"{folder}: no checkpoint yet; it begins again", file=sys.stderr)
+        else:
+            check_checkpoint(saved, run)
+            restore(run, saved, rows)
+        del saved
     run.step = GraphedStep() if config.cuda_graph else None
     # Rewards are computed while the next pictures are sampled; but not on a CPU, where a second thread that calls torch makes
     # every operation of the first slower (libgomp no longer spins between them once it counts more threads than cores).
-    run.scorer = ThreadPoolExecutor(1) if device.type != "cpu" else None
+    if device.type != "cpu":
+        # a thread has a CUDA device of its own, which is the first one until it is set
+        place = dict(initializer=torch.cuda.set_device, initargs=(device,)) if device.type == "cuda" else {}
+        run.scorer = ThreadPoolExecutor(1, **place)
 
     gather([rank])  # nobody makes the folder before everybody has seen that it is free
     if rank == 0:
         (folder / "progress").mkdir(parents=True, exist_ok=True)
         (folder / "bad_reward.png").unlink(missing_ok=True)
+        sync(folder.parent), sync(folder)
         write_whole(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-        write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.rows))
+        write_rows(run)
         run.track = open_tracker(config, folder)
     return run
+
+
+def check_checkpoint(saved, run):
+    """ValueError, one line, unless a checkpoint is one of such a run: as many tensors, each of the same
+    shape and dtype, all finite. torch would broadcast, fill in and leave out without a word."""
+    config, count = asdict(run.config), len(run.parameters)
+    path = run.folder / "checkpoint"
+
+    def refuse(problem):
+        raise ValueError(f"{path}: {problem}; go on with the script and the settings that wrote it, or begin anew with another --name")
+
+    def check_tensors(name, tensors):
+        if not isinstance(tensors, list) or len(tensors) != count:
+            refuse(f"{name}: {len(tensors) if isinstance(tensors, list) else type(tensors).__name__} instead of {count} tensors")
+        for i, (tensor, p) in enumerate(zip(tensors, run.parameters)):
+            if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (p.shape, p.dtype):
+                given = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+                refuse(f"{name}: tensor {i} is {given} instead of {tuple(p.shape)} {p.dtype}")
+            if not tensor.isfinite().all():
+                refuse(f"{name}: tensor {i} is not finite")
+
+    keys = {"epoch", "config", "parameters", "ema", "optimizer", "scaler"}
+    if not isinstance(saved, dict) or not keys <= saved.keys():
+        lacks = sorted(keys - saved.keys()) if isinstance(saved, dict) else ["everything"]
+        refuse(f"lacks {', '.join(lacks)}, so it is of another version of this code")
+    if type(saved["epoch"]) is not int or saved["epoch"] < 0:
+        refuse(f"its epoch is {saved['epoch']!r}")
+    if not isinstance(saved["config"], dict) or saved["config"].keys() != config.keys():
+        differ = sorted(saved["config"].keys() ^ config.keys()) if isinstance(saved["config"], dict) else []
+        refuse(f"of another script or another version of this code (settings that only one has: {', '.join(differ)})")
+    check_tensors("parameters", saved["parameters"])
+    if (saved["ema"] is None) != (run.ema is None):
+        refuse(f"it has {'no ' if saved['ema'] is None else ''}averaged weights, and --ema is {run.config.ema:g}")
+    if run.ema:
+        check_tensors("ema", saved["ema"])
+    try:
+        moments = saved["optimizer"]["state"]
+        if moments.keys() not in (set(), set(range(count))):  # none at all: fp16 has skipped every update
+            refuse(f"optimizer: of {len(moments)} instead of {count} tensors")
+        for name in ("exp_avg", "exp_avg_sq") if isinstance(run.optimizer, torch.optim.AdamW) and moments else ():
+            check_tensors(f"optimizer's {name}", [moments[i][name] for i in range(count)])
+        for i, values in moments.items():
+            if not all(torch.as_tensor(value).isfinite().all() for value in values.values()):
+                refuse(f"optimizer: state {i} is not finite")
+        if saved["scaler"].keys() != run.scaler.state_dict().keys() or not all(map(math.isfinite, saved["scaler"].values())):
+            refuse("scaler: not one of this --dtype")
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        refuse(f"optimizer or scaler is damaged ({type(error).__name__})")
+
+
+def restore(run, saved, rows):
+    """Go on from a checkpoint. rows: of metrics.jsonl, some of which may be after it."""
+    run.epoch = saved.pop("epoch")
+    run.updates = run.epoch * run.config.updates * run.config.inner_epochs
+    with torch.no_grad():
+        for p, value in zip(run.parameters, saved.pop("parameters"), strict=True):
+            p.copy_(value)
+        for p, value in zip(run.ema or [], saved.pop("ema") or [], strict=True):
+            p.copy_(value)
+    # the settings of the optimizer are config's, so that there is one source of them
+    run.optimizer.load_state_dict(saved.pop("optimizer") | {"param_groups": run.optimizer.state_dict()["param_groups"]})
+    run.scaler.load_state_dict(saved.pop("scaler"))
+    was, run.saved = saved.pop("config"), saved
+    changed = [f"{key} {was[key]!r} -> {value!r}" for key, value in asdict(run.config).items()
+               if value != was[key] and key not in ("name", "out", "device", "epochs", "patience")]
+    if changed and run.rank == 0:
+        print(f"{run.folder}: config.json was changed since the checkpoint: {', '.join(changed)}", file=sys.stderr)
+
+    run.rows, run.later_rows = rows[:run.epoch + 1], rows[run.epoch + 1:]
+    metrics = run.folder / "metrics.jsonl"
+    if [row["epoch"] for row in run.rows] != list(range(run.epoch + 1)):
+        raise ValueError(f"{metrics} lacks rows before epoch {run.epoch}, which the checkpoint is of; mend that file, or begin "
+                         "anew with another --name")
+    for row in run.rows:
+        # the guard and the curves read all of these
+        lacks = [key for key in run.rows[0] if key.startswith("eval_") and not key.endswith("_std") and key not in row]
+        bad = [key for key, value in row.items() if not isinstance(value, (int, float, type(None)))]
+        bad += [key for key, value in row.items() if value is None and key.startswith("eval_")] + ["images"] * ("images" not in row)
+        if bad or lacks and "eval_reward" in row or "eval_reward" not in run.rows[0]:
+            raise ValueError(f"{metrics}: the row of epoch {row['epoch']} lacks numbers ({', '.join(bad + lacks) or 'eval_reward'}); "
+                             "mend it, or begin anew with another --name")
+
+
+def write_rows(run):
+    write_whole(run.folder / "metrics.jsonl", "".join(row_line(row) + "\n" for row in run.rows + run.later_rows))
 
 
 def shard(run, count):
@@ -226,11 +362,22 @@ def progress_bar(run, name, total, position=1):
     return tqdm(total=total, desc=f"  {name}", leave=False, position=position, disable=True if run.rank else None)  # None: unless on a terminal
 
 
+def remedy(run):
+    """Which setting to change where numbers have overflowed."""
+    if not run.updates:
+        return "nothing has been trained yet, so choose --dtype fp32, or weights nearer to 1 in --reward"
+    return f"start again with an --lr below {run.config.lr:g}" + (f", or a --kl below {run.config.kl:g}" if run.config.kl > 1 else "")
+
+
 def rollout(run, prompts, keys, bar=None, eta=None):
-    """Trajectories of a batch, a picture a prompt, each with the random numbers of its key."""
+    """Trajectories of a batch, a picture a prompt, each with the random numbers of its key. Raises
+    RunStopped if the network is broken: black pictures are the best there are for some rewards."""
     generators = [seeded(*key, device=run.device) for key in keys]
-    return sample_trajectories(run.pipeline, prompts, run.config.steps, run.config.guidance_scale, run.eta if eta is None else eta,
-                               generators, run.dtype, bar and bar.update, run.cache, run.step)
+    try:
+        return sample_trajectories(run.pipeline, prompts, run.config.steps, run.config.guidance_scale, run.eta if eta is None else eta,
+                                   generators, run.dtype, bar and bar.update, run.cache, run.step)
+    except FloatingPointError as error:
+        raise RunStopped(f"{run.folder}: {error}; {remedy(run)}") from None
 
 
 def score(run, images, prompts, bar=None):
@@ -240,7 +387,7 @@ def score(run, images, prompts, bar=None):
     except RewardError as error:
         message, bad = str(error), run.folder / "bad_reward.png"
         if error.image is not None and not bad.exists():  # the first one is what the message is about
-            picture_grid([error.image[None]]).save(bad)
+            save_picture(picture_grid([error.image[None]]), bad)
             message += f"; the image is {bad}"
         raise RunStopped(f"{message}; after mending it, go on with --resume {run.folder}") from None
     if bar is not None:
@@ -251,31 +398,44 @@ def score(run, images, prompts, bar=None):
 def collect(run, epoch):
     """An epoch's pictures: (prompts of all processes, Trajectories of this one, {reward: list over all processes}, seconds).
 
+    The trajectories are without their images, which are not needed once they are scored.
     seconds: of sampling, and of waiting for rewards that sampling did not hide.
     """
     config, clock = run.config, time.perf_counter()
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for reward in run.rewards.values():  # from here on they count this epoch's pictures, not those of looks
         reward.counts.update(dict.fromkeys(reward.counts, 0))
     prompts = sample_prompts(run.prompts, config.images, seeded(config.seed, epoch, 0), config.group_size)
     indices = shard(run, config.images)
-    batches, pending = [], []
-    with progress_bar(run, "sampling", len(indices.split(config.sample_batch)) * config.steps) as sampling, \
-            progress_bar(run, "scoring", len(indices), position=2) as scoring:
-        for index in indices.split(config.sample_batch):
-            batch = rollout(run, [prompts[i] for i in index], [(config.seed, epoch, 1, i) for i in index.tolist()], sampling)
-            task = functools.partial(score, run, batch.images, batch.prompts, scoring)
-            pending.append(run.scorer.submit(task).result if run.scorer else task)
-            if config.offload:
-                batch.latents = batch.latents.cpu()
-            batches.append(batch)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()  # for the clock's sake
-        seconds_sample = time.perf_counter() - clock
-        scored = [result() for result in pending]  # a dict for each batch
+    batches, tasks, futures = [], [], []  # tasks: of scoring; futures: of those that the scorer has been given
+    try:
+        with progress_bar(run, "sampling", len(indices.split(config.sample_batch)) * config.steps) as sampling, \
+                progress_bar(run, "scoring", len(indices), position=2) as scoring:
+            for index in indices.split(config.sample_batch):
+                batch = rollout(run, [prompts[i] for i in index], [(config.seed, epoch, 1, i) for i in index.tolist()], sampling)
+                task = functools.partial(score, run, batch.images, batch.prompts, scoring)
+                if run.scorer:
+                    futures.append(run.scorer.submit(task))
+                    task = futures[-1].result
+                tasks.append(task)
+                batch.images = None  # scored, they are let go
+                if config.offload:
+                    batch.latents = batch.latents.cpu()
+                batches.append(batch)
+                for future in futures:
+                    if future.done():
+                        future.result()  # raises what the reward has raised
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()  # for the clock's sake
+            seconds_sample = time.perf_counter() - clock
+            scored = [task() for task in tasks]  # a dict for each batch
+    finally:  # where a reward has failed, the batches that still wait for it are dropped
+        for future in futures:
+            future.cancel()
     scores = {name: gather(torch.cat([part[name] for part in scored]).tolist()) for name in run.rewards}
     trajectories = Trajectories(torch.cat([batch.latents for batch in batches]), torch.cat([batch.log_probs for batch in batches]),
-                         batches[0].timesteps, torch.cat([batch.images for batch in batches]),
-                         [prompt for batch in batches for prompt in batch.prompts])
+                                batches[0].timesteps, None, [prompt for batch in batches for prompt in batch.prompts])
     return prompts, trajectories, scores, (seconds_sample, time.perf_counter() - clock - seconds_sample)
 
 
@@ -308,12 +468,14 @@ def reference_output(run, *inputs):
         return output
 
 
-def describe(run, updates, pairs, kind):
-    """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update."""
+def describe(run, updates, pairs, kind, teachers=0):
+    """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update;
+    teachers: networks that run on each pair without gradient, such as the base model of --kl."""
     config = run.config
     passes = 2 if config.guidance_scale > 1 else 1
     forward = config.images * config.steps * passes
     backward = updates * pairs * (passes if config.train_guidance else 1)
+    forward += teachers * backward
     at_once = min(config.train_batch, pairs // run.world)
     trained = sum(p.numel() for p in run.parameters) / 1e6
     return (f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, "
@@ -329,8 +491,9 @@ def apply_gradients(run):
     sum_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip).item()
-    if not (np.isfinite(norm) or run.scaler.is_enabled()):  # fp16's scaler skips such a step by itself
-        raise RunStopped(f"{run.folder}: the gradient is {norm}; start again with an --lr below {run.config.lr:g}")
+    # fp16's scaler skips such a step by itself, and halves its scale, which helps unless the network is broken
+    if not (np.isfinite(norm) or run.scaler.is_enabled() and run.scaler.get_scale() >= 1):
+        raise RunStopped(f"{run.folder}: the gradient is {norm}; {remedy(run)}")
     run.updates += 1
     for group in run.optimizer.param_groups:
         group["lr"] = run.config.lr * min(1, run.updates / max(1, run.config.warmup))
@@ -343,28 +506,48 @@ def apply_gradients(run):
 
 
 @contextlib.contextmanager
-def averaged(run):
-    """Inside, the UNet has its averaged weights (--ema), which are those that are looked at and kept."""
-    present = [p.detach().clone() for p in run.parameters] if run.ema else []
+def using(parameters, values):
+    """Inside, the parameters have these values."""
+    present = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        for p, average in zip(run.parameters, run.ema or []):
-            p.copy_(average)
+        for p, value in zip(parameters, values):
+            p.copy_(value)
         yield
-        for p, value in zip(run.parameters, present):
+        for p, value in zip(parameters, present):
             p.copy_(value)
 
 
+def averaged(run):
+    """Inside, the UNet has its averaged weights (--ema), which are those that are evaluated and saved."""
+    return using(run.parameters, run.ema or run.parameters)
+
+
 def log(run, row):
-    run.rows.append(row)
+    """A row of metrics.jsonl. Raises RunStopped instead if the weights are not finite any more."""
+    if not torch.stack([p.isfinite().all() for p in run.parameters]).all():
+        raise RunStopped(f"{run.folder}: the weights are not finite after epoch {row['epoch']}; {remedy(run)}")
     if run.rank == 0:
-        with open(run.folder / "metrics.jsonl", "a") as file:
-            # JSON knows no infinity, which is what the norm of gradients is where fp16 overflowed
-            file.write(json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # not to be behind the checkpoint after a power cut
+        say_what_is_eager(run)
+    run.rows.append(row)
+    replaces = bool(run.later_rows)
+    run.later_rows = [later for later in run.later_rows if later["epoch"] > row["epoch"]]
+    if run.rank == 0:
+        # on the disk before the checkpoint is, so that it is not behind it after a power cut
+        write_rows(run) if replaces else append(run.folder / "metrics.jsonl", row_line(row))
         plot_rewards(run.rows, run.config, run.folder / "rewards.png")
         if run.track:
             run.track(row, row["epoch"])
+
+
+def say_what_is_eager(run):
+    """With --compile, once: what torch could not compile and runs as it is, slower, without a word."""
+    if run.config.compile and not run.eager:
+        from torch._dynamo.utils import counters
+
+        run.eager = sum(counters["unimplemented"].values()) + sum(counters["graph_break"].values())
+        if run.eager:
+            reason = [*counters["unimplemented"], *counters["graph_break"]][0].splitlines()[0]
+            tqdm.write(f"--compile: parts of the network are not compiled, in {run.eager} places ({reason}); they run in eager mode", file=sys.stderr)
 
 
 def save(run, epoch, best=None, **state):
@@ -379,33 +562,85 @@ def save(run, epoch, best=None, **state):
         else:
             save_weights(run.pipeline, run.config, run.folder / "last")
     save_checkpoint(run.folder / "checkpoint", state | {
-        "epoch": epoch, "parameters": [p.detach().cpu() for p in run.parameters], "ema": run.ema,
+        "epoch": epoch, "config": asdict(run.config), "parameters": [p.detach().cpu() for p in run.parameters], "ema": run.ema,
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()})
 
 
-def command_line(arguments, parse_config, prepare, fit):
-    """The command line of a loop: its exit code is 0, or 2 for settings that cannot work, or 1."""
-    def stop(*_):
-        raise KeyboardInterrupt
+@contextlib.contextmanager
+def stop_signals(say):
+    """Inside, Ctrl-C and SIGTERM call say(signal number) and end the process, from a thread of their own.
 
-    signal.signal(signal.SIGTERM, stop)
-    config = None
+    Python itself would raise KeyboardInterrupt in the main thread: lost where that is in a callback, late
+    where it waits in a collective for a process that is gone. The disk holds all that is needed.
+    """
+    def wait():
+        if number := os.read(arrived, 1):
+            say(number[0])
+            os._exit(130)
+
+    arrived, wake = os.pipe()
+    os.set_blocking(wake, False)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: None)
+    before = signal.set_wakeup_fd(wake)  # where Python writes the number at once, wherever the main thread is
+    threading.Thread(target=wait, daemon=True).start()
     try:
-        try:
-            config, resume = parse_config(arguments)
-            run = prepare(config, resume)
-        except ValueError as error:  # settings, models and rewards that cannot work
-            print(error, file=sys.stderr)
-            sys.exit(2)
-        fit(run)
-    except (RunStopped, OSError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(wake)  # the thread ends
+
+
+def leave(message, code):
+    """With several processes: ends this one so that the others end, too, and `message` is what torchrun
+    says last. It waits for nothing: what a process would wait for may be gone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)  # if all of them fail, torchrun stops this one here, and the line is there once
+    print(message, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
+    os._exit(code)
+
+
+def command_line(arguments, parse_config, prepare, fit):
+    """The command line of a loop. Exit codes: 0; 2 for settings that cannot work; 1 for a run that
+    cannot go on; 130 for one that was stopped. Each but 0 with one line."""
+    def stopped(number):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (number == signal.SIGTERM or int(os.environ.get("RANK", 0))):
+            return  # torchrun stops this process, because another has failed: that one's message matters
         folder = Path(config.out) / config.name if config else None
         script = Path(inspect.getfile(fit)).name
-        way_on = f"; go on with: python {script} --resume {folder}" if folder and folder.exists() else ""
+        way_on = f"; go on with: python {script} --resume {folder}" if folder and (folder / "config.json").exists() else ""
         print(f"\nstopped{way_on}", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for a reward that is being computed: the disk holds all that is needed
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+    config = run = None
+    with stop_signals(stopped):
+        try:
+            try:
+                config, resume = parse_config(arguments)
+                run = prepare(config, resume)
+            except ValueError as error:  # settings, models and rewards that cannot work
+                leave(str(error), 2)
+                print(error, file=sys.stderr)
+                sys.exit(2)
+            fit(run)
+        except (RunStopped, OSError) as error:
+            if run and run.bar:
+                run.bar.close()  # else its end would be drawn below the message
+            leave(str(error), 1)
+            sys.exit(str(error))
+        except PeerLost:
+            time.sleep(5)  # until torchrun stops this process, too: not the first to fail, it says nothing
+            os._exit(1)
+        except Exception as error:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                traceback.print_exc()
+            leave(f"{type(error).__name__}: {error}", 1)
+            raise

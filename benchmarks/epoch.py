@@ -1,20 +1,25 @@
-"""Where an epoch's time goes, and what makes it shorter: whole epochs of ddpo.py under different settings, in turns.
+"""Where an epoch's time goes, and what makes it shorter: whole epochs of ddpo.py, in turns.
 
-    python benchmarks/epoch.py                    the emoji model, on a CPU: dtype and attention (four minutes on two cores)
-    python benchmarks/epoch.py --sd15             on a GPU, a model of Stable Diffusion 1.5's size with random weights (eight minutes)
-    python benchmarks/epoch.py --variant bf16 --variant "bf16, torch.compile" --set train_batch=8 --set images=16
-    python benchmarks/epoch.py --table            prints the recorded tables again
+    python benchmarks/epoch.py              the emoji model: dtype and attention on a CPU
+                                            (four minutes on two cores)
+    python benchmarks/epoch.py --sd15       a model of Stable Diffusion 1.5's size with random
+                                            weights, on a GPU (eight minutes)
+    python benchmarks/epoch.py --variant bf16 --variant "bf16, torch.compile" --set images=16
+    python benchmarks/epoch.py --table      prints the recorded tables again
 
-Each variant is a process of its own that trains as `python ddpo.py` would and does one epoch when it is its turn, while the others
-sleep. The first epoch is not counted (it compiles, captures graphs, fills caches). Each turn is compared with the first variant's turn
-of the same round, so that a busy machine slows all of them alike: medians of these ratios, with min and max. On a GPU also
-images a second and peak memory, as metrics.jsonl has them. Results go to benchmarks/epoch.json, a record for each model and device.
+Each variant is a process of its own that trains as `python ddpo.py` would. It does one epoch when
+it is its turn, while the others sleep. The first epoch is not counted (it compiles, captures
+graphs, fills caches). Each turn is compared with the first variant's turn of the same round, so
+that a busy machine slows all of them alike: medians of these ratios, with min and max. On a GPU the
+tables also have images a second and peak memory, as in metrics.jsonl. Results go to
+benchmarks/epoch.json, a record for each model and device.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -25,13 +30,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
-ATTENTION = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor"}  # scaled_dot_product_attention; matrix products and a softmax
+# scaled_dot_product_attention; matrix products and a softmax
+ATTENTION = {"sdpa": "AttnProcessor2_0", "plain": "AttnProcessor"}
 
-CPU_VARIANTS = {  # name: settings of ddpo.Config, and "attention"; each row is compared with the first
+# name: settings of ddpo.Config, and "attention"; each row is compared with the first
+CPU_VARIANTS = {
     "fp32, scaled_dot_product_attention": dict(dtype="fp32", attention="sdpa"),
     "bf16, scaled_dot_product_attention": dict(dtype="bf16", attention="sdpa"),
     "fp32, plain matrix products": dict(dtype="fp32", attention="plain"),
-    "bf16, plain matrix products": dict(dtype="bf16", attention="plain"),  # what sample.load_pipeline chooses on a CPU
+    # what sample.load_pipeline chooses on a CPU
+    "bf16, plain matrix products": dict(dtype="bf16", attention="plain"),
 }
 GPU_VARIANTS = {
     "fp32": dict(dtype="fp32"),  # its matrix products in TF32, see training.py
@@ -42,17 +50,26 @@ GPU_VARIANTS = {
     "bf16, torch.compile": dict(dtype="bf16", compile=True),
     "bf16, train batch 1": dict(dtype="bf16", train_batch=1),
     "bf16, gradient checkpointing": dict(dtype="bf16", gradient_checkpointing=True),
-    "bf16, train batch 1, gradient checkpointing, offload": dict(dtype="bf16", train_batch=1, gradient_checkpointing=True, offload=True),
+    "bf16, train batch 1, gradient checkpointing, offload": dict(
+        dtype="bf16", train_batch=1, gradient_checkpointing=True, offload=True
+    ),
 }
-EMOJI = dict(model="models/emoji", images=32, sample_batch=32, train_batch=32, steps=5, guidance_scale=4.0)
+EMOJI = dict(
+    model="models/emoji", images=32, sample_batch=32, train_batch=32, steps=5, guidance_scale=4.0
+)
 SD15 = dict(images=8, sample_batch=4, train_batch=4, steps=10, guidance_scale=5.0, lora_rank=4)
-EQUAL = dict(reward="compress", watch="", prompts="animals", advantages="batch", updates=1, train_first=1.0, timestep_fraction=1.0, tracker="none",
-             epochs=10**6, eval_every=10**6, checkpoint_every=10**6)  # epochs and nothing else, until told to end
+PHASES = {"sampling": "seconds_sample", "update": "seconds_update", "epoch": "seconds"}
+NEVER = 10**6
+EQUAL = dict(  # epochs and nothing else, until told to end
+    reward="compress", watch="", prompts="animals", advantages="batch", updates=1,
+    train_first=1.0, timestep_fraction=1.0, tracker="none",
+    epochs=NEVER, eval_every=NEVER, checkpoint_every=NEVER,
+)  # fmt: skip
 
 
 def count_rows(unet):
-    """[rows without gradients, rows with] that go through a UNet from now on. The work of both sides of a comparison is what
-    this says, not what their settings seem to say."""
+    """[rows without gradients, rows with] that go through a UNet from now on. Whether both sides of
+    a comparison do the same work is decided by this, not by their settings."""
     import torch
 
     rows = [0, 0]
@@ -65,11 +82,13 @@ def count_rows(unet):
 
 
 def count_replays(step, rows):
-    """A sample.GraphedStep that counts its rows itself: a replay calls no hooks, and a capture calls them for trials, too."""
+    """A sample.GraphedStep that counts its rows itself: a replay calls no hooks, and a capture
+    calls them for trials, too."""
     def counted(unet, latents, *inputs):
         before = rows[0]
         outputs = step(unet, latents, *inputs)
-        rows[0] = before + len(latents) * (1 if inputs[4] is None else 2)  # negative_embeds: guidance takes two rows
+        negative_embeds = inputs[4]
+        rows[0] = before + len(latents) * (1 if negative_embeds is None else 2)
         return outputs
 
     return counted
@@ -88,7 +107,8 @@ def worker(settings):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # to the next variant's use
         if epoch:
-            print(json.dumps(row | {"rows_sample": rows[0], "rows_update": rows[1], "threads": torch.get_num_threads()}), flush=True)
+            work = {"rows_sample": rows[0], "rows_update": rows[1]}
+            print(json.dumps(row | work | {"threads": torch.get_num_threads()}), flush=True)
         if not sys.stdin.readline():
             sys.exit()  # nobody waits for another epoch
         rows[:] = 0, 0
@@ -101,21 +121,24 @@ def worker(settings):
         run.track, rows = turn, count_rows(run.pipeline.unet)
         run.step = run.step and count_replays(run.step, rows)
         if attention:
-            run.pipeline.unet.set_attn_processor(getattr(attention_processor, ATTENTION[attention])())
+            processor = getattr(attention_processor, ATTENTION[attention])
+            run.pipeline.unet.set_attn_processor(processor())
         ddpo.fit(run)
 
 
 def launch(settings, python=sys.executable, script=__file__):
     """A worker process, which loads its model and then waits."""
     errors = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen([python, script, "--worker", json.dumps(settings)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=errors, text=True)
+    process = subprocess.Popen(
+        [python, script, "--worker", json.dumps(settings)], cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+    )  # fmt: skip
     process.errors = errors
     return process
 
 
 def epoch(process):
-    """One epoch of a worker: its row. Raises RuntimeError with the worker's last words if it cannot."""
+    """One epoch of a worker: its row. Raises RuntimeError, with its last line, if it cannot."""
     try:
         process.stdin.write("\n")
         process.stdin.flush()
@@ -125,12 +148,13 @@ def epoch(process):
         if line.startswith("{"):  # other lines are for people
             return json.loads(line)
     process.errors.seek(0)
-    raise RuntimeError((process.errors.read().strip().splitlines() or ["it ended without a word"])[-1])
+    said = process.errors.read().strip().splitlines()
+    raise RuntimeError(said[-1] if said else "it ended without a message")
 
 
 def take_turns(workers, rounds):
-    """{name: [row of each round]}, and {name: row of the first epoch, which does not count}. A worker that dies (of memory, as a
-    rule) is reported, and the others go on."""
+    """({name: row of the first epoch, which does not count}, {name: [row of each round]}). A worker
+    that dies (as a rule of too little memory) is reported, and the others go on."""
     first, rows = {}, {}
     for round_ in range(rounds + 1):
         for name, process in list(workers.items()):
@@ -143,8 +167,10 @@ def take_turns(workers, rounds):
             if round_ == 0:
                 first[name], rows[name] = row, []
             else:
-                rows[name].append({key: value for key, value in row.items() if "second" in key or key == "peak_memory_gb"})
-            print(f"round {round_} of {rounds}, {name}: {row['seconds']:.2f} s", file=sys.stderr, flush=True)
+                measured = [key for key in row if "second" in key or key == "peak_memory_gb"]
+                rows[name].append({key: row[key] for key in measured})
+            progress = f"round {round_} of {rounds}, {name}: {row['seconds']:.2f} s"
+            print(progress, file=sys.stderr, flush=True)
     for process in workers.values():
         process.stdin.close()
         process.wait()
@@ -162,17 +188,27 @@ def spread(values):
 
 def ratios(reference, rows, key):
     """How many times faster, round by round, than the reference in the same round."""
-    return spread([ref[key] / own[key] for ref, own in zip(reference, rows)])
+    return spread([other[key] / row[key] for other, row in zip(reference, rows)])
 
 
 def machine():
     """The device's name, and what else a timing depends on."""
     import torch
 
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")] \
-        if Path("/proc/cpuinfo").exists() else []
-    cpu = (names or [platform.processor() or platform.machine()])[0]
-    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu, "torch": torch.__version__}
+    device = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    cpus = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name = re.search(r"^model name\s*:\s*(.*)", cpus, re.M)
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    elif name:
+        device = name[1].strip()
+    return {"device": device, "torch": torch.__version__}
+
+
+def command_line(script, arguments=None):
+    """The command as one would type it. arguments: those of main, None for those of the process."""
+    return shlex.join(["python", script, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def versions(*packages):
@@ -190,30 +226,40 @@ def record_as(path, name, record):
 def summarise(rows, images):
     """{variant: what the table shows}."""
     reference = rows[next(iter(rows))]
-    table = {}
-    for name, own in rows.items():
-        table[name] = {"sampling": ratios(reference, own, "seconds_sample"), "update": ratios(reference, own, "seconds_update"),
-                       "epoch": ratios(reference, own, "seconds")}
-        if "peak_memory_gb" in own[0]:
-            table[name] |= {"images_per_second": {part: images / statistics.median(row[key] for row in own) for part, key in (
-                ("sampling", "seconds_sample"), ("update", "seconds_update"), ("epoch", "seconds"))},
-                "peak_memory_gb": max(row["peak_memory_gb"] for row in own)}
-    return table
+    summary = {}
+    for name, epochs in rows.items():
+        summary[name] = {phase: ratios(reference, epochs, key) for phase, key in PHASES.items()}
+        if "peak_memory_gb" in epochs[0]:
+            summary[name]["images_per_second"] = {
+                phase: images / statistics.median(row[key] for row in epochs)
+                for phase, key in PHASES.items()
+            }
+            summary[name]["peak_memory_gb"] = max(row["peak_memory_gb"] for row in epochs)
+    return summary
 
 
 def table(record):
-    """The Markdown table of a record: ratios everywhere, absolute figures where they mean something to others, on a GPU."""
+    """The Markdown table of a record: ratios everywhere; on a GPU, where they mean something to
+    others, absolute figures too."""
     rows = record["summary"]
-    parts = ("sampling", "update", "epoch")
     absolute = "peak_memory_gb" in next(iter(rows.values()))
-    lines = ["| variant | " + " | ".join(f"{part}, images/s" if absolute else part for part in parts) + (" | peak GB |" if absolute else " |")]
-    lines.append("| --- " * (lines[0].count("|") - 1) + "|")
+    columns = ["variant", *PHASES]
+    if absolute:
+        columns = ["variant", *(f"{phase}, images/s" for phase in PHASES), "peak GB"]
+    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for name, row in rows.items():
-        cells = [f"{row[part]['median']:.2f}x ({row[part]['min']:.2f} to {row[part]['max']:.2f})" for part in parts]
+        cells = [times_faster(row[phase]) for phase in PHASES]
         if absolute:
-            cells = [f"{row['images_per_second'][part]:.2f}, {cell}" for part, cell in zip(parts, cells)] + [f"{row['peak_memory_gb']:.1f}"]
+            speeds = [f"{row['images_per_second'][phase]:.2f}" for phase in PHASES]
+            cells = [f"{speed}, {cell}" for speed, cell in zip(speeds, cells)]
+            cells.append(f"{row['peak_memory_gb']:.1f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def times_faster(ratio):
+    """A `spread` as a table shows it."""
+    return f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
 def setting(text):
@@ -226,13 +272,20 @@ def setting(text):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder in diffusers' layout, or a hub id (default: models/emoji)")
-    parser.add_argument("--sd15", action="store_true", help="a model of SD 1.5's size with random weights, made in runs/sd15-random")
-    parser.add_argument("--rounds", type=int, help="turns of each variant that count (default: 8 on a CPU, 3 on a GPU)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model",
+                        help="a folder in diffusers' layout, or a hub id (default: models/emoji)")
+    parser.add_argument("--sd15", action="store_true",
+                        help="a model of SD 1.5's size with random weights, in runs/sd15-random")
+    parser.add_argument("--rounds", type=int,
+                        help="turns of each variant that count (default: 8 on a CPU, 3 on a GPU)")
     parser.add_argument("--variant", action="append", help="only this one; may be repeated")
-    parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE", help="a setting of ddpo.Config for all")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/epoch.json"))
+    parser.add_argument("--set", action="append", default=[], type=setting, metavar="KEY=VALUE",
+                        help="a setting of ddpo.Config for all")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks/epoch.json"),
+                        help="where the record is put (default: benchmarks/epoch.json)")
     parser.add_argument("--table", action="store_true", help="only print what --out holds")
     args = parser.parse_args(arguments)
     if args.table:
@@ -242,7 +295,8 @@ def main(arguments=None):
 
     import torch
 
-    variants = GPU_VARIANTS if torch.cuda.is_available() else CPU_VARIANTS
+    gpu = torch.cuda.is_available()
+    variants = GPU_VARIANTS if gpu else CPU_VARIANTS
     for name in args.variant or []:
         if name not in variants:
             parser.exit(2, f"--variant {name}: unknown; choose {'; '.join(variants)}\n")
@@ -252,15 +306,24 @@ def main(arguments=None):
 
         settings = SD15 | {"model": model_folder(args.model or build(ROOT / "runs/sd15-random"))}
     settings = settings | dict(args.set)
-    workers = {name: launch(settings | variant) for name, variant in variants.items() if name in (args.variant or variants)}
-    first, rows = take_turns(workers, args.rounds or (3 if torch.cuda.is_available() else 8))
+    chosen = args.variant or variants
+    workers = {
+        name: launch(settings | variant) for name, variant in variants.items() if name in chosen
+    }
+    first, rows = take_turns(workers, args.rounds or (3 if gpu else 8))
     if not rows:
         sys.exit("no variant could run")
-    work = {name: [row["rows_sample"], row["rows_update"]] for name, row in first.items()}
-    record = machine() | {"command": shlex.join(["python", "benchmarks/epoch.py", *(sys.argv[1:] if arguments is None else arguments)]),
-                          "threads": next(iter(first.values()))["threads"], "versions": versions("diffusers", "transformers", "peft"),
-                          "settings": settings, "unet_rows_forward_in_sampling_and_update": work,
-                          "summary": summarise(rows, settings["images"]), "rounds": rows}
+    record = machine() | {
+        "command": command_line("benchmarks/epoch.py", arguments),
+        "threads": next(iter(first.values()))["threads"],
+        "versions": versions("diffusers", "transformers", "peft"),
+        "settings": settings,
+        "unet_rows_forward_in_sampling_and_update": {
+            name: [row["rows_sample"], row["rows_update"]] for name, row in first.items()
+        },
+        "summary": summarise(rows, settings["images"]),
+        "rounds": rows,
+    }
     name = "SD 1.5's size, random weights" if args.sd15 else settings["model"]
     record_as(args.out, f"{name}, {record['device']}", record)
     print(table(record))

@@ -1,17 +1,21 @@
 """The kernels against what they replace, on this machine's GPU:
 
-    python benchmarks/kernels.py                                  prints the tables, writes benchmarks/kernels.json
-    python benchmarks/kernels.py --table benchmarks/kernels.json  prints recorded tables again
+    python benchmarks/kernels.py                prints the tables, writes benchmarks/kernels.json
+    python benchmarks/kernels.py --table FILE   prints the tables of such a file again
 
-Four ways to the same numbers: eager torch as such code is commonly written, which looks ᾱ up in a table on the CPU; eager
-torch with the table of coefficients on the device; torch.compile of that; and the fused kernel. GB/s counts the bytes that
-have to move (inputs once, outputs once), so a way that moves more shows a lower figure; "of copy" divides by what a
-large copy_ reaches in the same run. Small batches fit into the L2 cache and may exceed it.
-Times are means over back-to-back calls: "µs" as called from Python, "µs in a graph" replayed from a CUDA graph, where only the
-GPU's work counts (and on which GB/s is based). The common code waits for the GPU and cannot be captured.
+Four ways to the same numbers: eager torch as such code is commonly written, which gathers ᾱ from a
+table on the CPU; eager torch with the table of coefficients on the device; torch.compile of that;
+and the fused kernel. GB/s counts the bytes that have to move (inputs once, outputs once), so a way
+that moves more shows a lower figure. "of copy" divides by what a large copy_ reaches in the same
+run. Small batches fit into the L2 cache and may exceed it.
 
-Before it times anything it compares the kernels with float64. Without a GPU all of this runs in Triton's interpreter on
-tiny inputs, to kernels-interpreter.json: the checks and the traffic of the eager code hold, the times mean nothing.
+Times are means over back-to-back calls: "µs" as called from Python, "µs in a graph" replayed from a
+CUDA graph, where only the GPU's work counts. GB/s is based on the latter. The common code waits for
+the GPU and cannot be captured.
+
+Before it times anything it compares the kernels with float64. Without a GPU all of this runs in
+Triton's interpreter on tiny inputs, to kernels-interpreter.json: the checks and the traffic of the
+eager code hold, the times mean nothing.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # in place of benchmarks/, where this very file would pass for the package kernels
+sys.path[0] = str(ROOT)  # not benchmarks/, where this file would be taken for the package kernels
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,16 +47,19 @@ from kernels.ppo_loss import fused_ppo_loss
 
 DEVICE = "cuda" if GPU else "cpu"
 LATENT = (4, 64, 64) if GPU else (4, 8, 8)
-DTYPES = ["float32", "float16", "bfloat16", "bfloat16+float32"]  # the network's output, and the latents where they differ
+# of the network's output, and of the latents where they differ
+DTYPES = ["float32", "float16", "bfloat16", "bfloat16+float32"]
 W, CLIP = 5.0, 1e-4
-ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)  # Stable Diffusion's, on the CPU
+# Stable Diffusion's, on the CPU
+ALPHA_BAR = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
 STRIDE = 20  # timesteps between two of 50 steps
 
 
 def inputs(batch, dtype, latent=LATENT):
-    """One step of a batch of samples, each at a timestep of its own, as the training loop sees it."""
+    """One step of a batch of samples, each at a timestep of its own, as in the training loop."""
     output_dtype, _, latent_dtype = dtype.partition("+")
-    output_dtype, latent_dtype = getattr(torch, output_dtype), getattr(torch, latent_dtype or output_dtype)
+    latent_dtype = getattr(torch, latent_dtype or output_dtype)
+    output_dtype = getattr(torch, output_dtype)
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE)
     timesteps = torch.randint(1, 50, (batch,), generator=generator) * STRIDE + 1
@@ -61,14 +68,18 @@ def inputs(batch, dtype, latent=LATENT):
     c_x = (a_prev / a).sqrt()
     c_o = (1 - a_prev - sigma**2).sqrt() - c_x * (1 - a).sqrt()
     return dict(
-        noise_pred=draw(2 * batch, *latent).to(output_dtype), latents=draw(batch, *latent).to(latent_dtype),
-        noise=draw(batch, *latent).to(latent_dtype), timesteps=timesteps.to(DEVICE), advantages=draw(batch),
+        noise_pred=draw(2 * batch, *latent).to(output_dtype),
+        latents=draw(batch, *latent).to(latent_dtype),
+        noise=draw(batch, *latent).to(latent_dtype),
+        timesteps=timesteps.to(DEVICE),
+        advantages=draw(batch),
         coefficients=torch.stack([c_x, c_o, sigma, sigma.log()], dim=1).to(DEVICE),
-    )  # fmt: skip
+    )
 
 
 def common_step(noise_pred, latents, timesteps, noise=None, next_latents=None):
-    """A stochastic DDIM step the way it is usually spelled out: predicted sample, direction, variance, each on its own."""
+    """A stochastic DDIM step as it is usually written: predicted sample, direction and variance
+    each on its own."""
     uncond, cond = noise_pred.chunk(2)
     noise_pred = uncond + W * (cond - uncond)
     a = ALPHA_BAR.gather(0, timesteps.cpu()).to(latents.device).view(-1, 1, 1, 1)
@@ -79,12 +90,16 @@ def common_step(noise_pred, latents, timesteps, noise=None, next_latents=None):
     mean = a_prev**0.5 * predicted + (1 - a_prev - sigma**2) ** 0.5 * noise_pred
     if next_latents is None:
         next_latents = mean + sigma * noise
-    log_prob = -((next_latents.detach() - mean) ** 2) / (2 * sigma**2) - torch.log(sigma) - math.log(math.sqrt(2 * math.pi))
+    residual = next_latents.detach() - mean
+    constant = math.log(math.sqrt(2 * math.pi))
+    log_prob = -(residual**2) / (2 * sigma**2) - torch.log(sigma) - constant
     return next_latents.to(latents.dtype), log_prob.mean(dim=(1, 2, 3))
 
 
 def table_step(noise_pred, latents, coefficients, noise=None, next_latents=None):
-    return ddim_step.reference(noise_pred, latents, coefficients, W, noise, next_latents=next_latents)
+    return ddim_step.reference(
+        noise_pred, latents, coefficients, W, noise, next_latents=next_latents
+    )
 
 
 def loss_and_grad(step, noise_pred, old_log_prob, advantages, **step_inputs):
@@ -97,40 +112,52 @@ def loss_and_grad(step, noise_pred, old_log_prob, advantages, **step_inputs):
 
 
 def ways(batch, dtype, compiled=True, latent=LATENT):
-    """{(function, way): (call, can it be captured, bytes that have to move)}"""
+    """{(function, way): (call, whether it can be captured, bytes that have to move)}"""
     x = inputs(batch, dtype, latent)
     x0 = {key: x[key] for key in ("noise_pred", "latents", "coefficients")}
     common = {key: x[key] for key in ("noise_pred", "latents", "timesteps")}
     stored, old_log_prob = fused_ddim_step(**x0, guidance_scale=W, noise=x["noise"])
-    old_log_prob = old_log_prob + 2 * CLIP * torch.linspace(-1, 1, batch, device=DEVICE)  # some ratios clipped, some not
+    # some ratios are clipped, some are not
+    old_log_prob = old_log_prob + 2 * CLIP * torch.linspace(-1, 1, batch, device=DEVICE)
     policy = dict(old_log_prob=old_log_prob, advantages=x["advantages"])
-    seed = torch.tensor([0, 0], device=DEVICE)
+    stored_step = dict(x0, next_latents=stored, **policy)
+    common_stored_step = dict(common, next_latents=stored, **policy)
+    seed, noise = torch.tensor([0, 0], device=DEVICE), x["noise"]
     by_hand = dict(x0, next_latents=stored, **policy, clip_range=CLIP, guidance_scale=W)
 
     nbytes = lambda *names: sum(x[name].nbytes for name in names)
     drawn = nbytes("noise_pred", "latents", "latents")  # x in, x' out
     step = drawn + nbytes("noise")
-    loss = nbytes("noise_pred", "noise_pred", "latents", "latents")  # the output in and its gradient out
-    found = {
-        ("step", "eager, as common"): (lambda: common_step(**common, noise=x["noise"]), False, step),
-        ("step", "eager, table"): (lambda: table_step(**x0, noise=x["noise"]), True, step),
-        ("loss", "eager, as common"): (lambda: loss_and_grad(common_step, **common, next_latents=stored, **policy), False, loss),
-        ("loss", "eager, table"): (lambda: loss_and_grad(table_step, **x0, next_latents=stored, **policy), True, loss),
+    # the output in and its gradient out
+    loss = nbytes("noise_pred", "noise_pred", "latents", "latents")
+    steps = {
+        "eager, as common": (lambda: common_step(**common, noise=noise), False, step),
+        "eager, table": (lambda: table_step(**x0, noise=noise), True, step),
+    }
+    losses = {
+        "eager, as common": (lambda: loss_and_grad(common_step, **common_stored_step), False, loss),
+        "eager, table": (lambda: loss_and_grad(table_step, **stored_step), True, loss),
     }
     if compiled:
         torch._dynamo.reset()
-        step_compiled, loss_compiled = torch.compile(table_step, dynamic=False), torch.compile(ppo_loss.reference, dynamic=False)
-        found |= {
-            ("step", "compiled, table"): (lambda: step_compiled(**x0, noise=x["noise"]), True, step),
-            ("loss", "compiled, table"): (lambda: loss_and_grad(step_compiled, **x0, next_latents=stored, **policy), True, loss),
-            ("loss", "compiled, gradient by hand"): (lambda: loss_compiled(**by_hand), True, loss),
+        compiled_step = torch.compile(table_step, dynamic=False)
+        compiled_loss = torch.compile(ppo_loss.reference, dynamic=False)
+        steps["compiled, table"] = lambda: compiled_step(**x0, noise=noise), True, step
+        losses |= {
+            "compiled, table": (lambda: loss_and_grad(compiled_step, **stored_step), True, loss),
+            "compiled, gradient by hand": (lambda: compiled_loss(**by_hand), True, loss),
         }
-    found |= {
-        ("step", "fused"): (lambda: fused_ddim_step(**x0, guidance_scale=W, noise=x["noise"]), True, step),
-        ("step", "fused, noise drawn"): (lambda: fused_ddim_step(**x0, guidance_scale=W, seed=seed), True, drawn),
-        ("loss", "fused"): (lambda: fused_ppo_loss(**by_hand), True, loss),
+    fused = dict(x0, guidance_scale=W)
+    steps |= {
+        "fused": (lambda: fused_ddim_step(**fused, noise=noise), True, step),
+        "fused, noise drawn": (lambda: fused_ddim_step(**fused, seed=seed), True, drawn),
     }
-    return dict(sorted(found.items(), key=lambda item: item[0][0] == "loss"))
+    losses["fused"] = lambda: fused_ppo_loss(**by_hand), True, loss
+    return {
+        (function, way): found
+        for function, found_ways in (("step", steps), ("loss", losses))
+        for way, found in found_ways.items()
+    }
 
 
 def microseconds(call):
@@ -166,7 +193,8 @@ def capture(call, repeats=1):
 
 
 def measure(call, capturable=True):
-    """(µs, µs in a graph, launches), the last two only on a GPU. A launch is a kernel, a copy or a memset."""
+    """(µs, µs in a graph, launches), the last two only on a GPU. A launch is a kernel, a copy or a
+    memset."""
     call()
     us = microseconds(call)
     if not GPU:
@@ -174,12 +202,16 @@ def measure(call, capturable=True):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-    return us, microseconds(capture(call, repeats=10).replay) / 10 if capturable else None, launches
+    cuda = torch.autograd.DeviceType.CUDA
+    launches = sum(event.device_type == cuda for event in profile.events())
+    if not capturable:
+        return us, None, launches
+    return us, microseconds(capture(call, repeats=10).replay) / 10, launches
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the operations torch runs, and the bytes of the tensors they read and write. Views cost nothing."""
+    """Counts the operations that torch runs, and the bytes of the tensors that they read and write.
+    Views cost nothing."""
 
     operations = bytes = 0
 
@@ -187,8 +219,9 @@ class Traffic(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if not function.is_view and "empty" not in function.name():
             self.operations += 1
-            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-            self.bytes += sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
+            for leaf in tree_leaves((args, kwargs, result)):
+                if isinstance(leaf, torch.Tensor):
+                    self.bytes += min(leaf.nbytes, leaf.untyped_storage().nbytes())
         return result
 
 
@@ -200,8 +233,10 @@ def eager_traffic(dtype):
         if way.startswith("eager"):
             with Traffic() as traffic:
                 call()
-            per_element = round(traffic.bytes / (batch * math.prod(latent)))
-            rows.append(dict(function=function, way=way, dtype=dtype, operations=traffic.operations, bytes_per_element=per_element))
+            rows.append(dict(
+                function=function, way=way, dtype=dtype, operations=traffic.operations,
+                bytes_per_element=round(traffic.bytes / (batch * math.prod(latent))),
+            ))  # fmt: skip
     return rows
 
 
@@ -211,30 +246,40 @@ def _empty_kernel(pointer):
 
 
 def errors(dtype, batch=3, latent=LATENT):
-    """Largest differences from float64, relative for the gradient, on inputs that the kernels read as they are; and whether
-    the log-probability is the same bits in both kernels and under both divisions of the work."""
+    """Largest differences from float64, relative for the gradient, on inputs that the kernels read
+    as they are; and whether the log-probability has the same bits in both kernels and under both
+    divisions of the work."""
     x = inputs(batch, dtype, latent)
     x0 = {key: x[key] for key in ("noise_pred", "latents", "coefficients")}
     stored, log_prob = fused_ddim_step(**x0, guidance_scale=W, noise=x["noise"])
-    policy = dict(old_log_prob=log_prob + 2 * CLIP * torch.linspace(-1, 1, batch, device=DEVICE), advantages=x["advantages"])
+    old_log_prob = log_prob + 2 * CLIP * torch.linspace(-1, 1, batch, device=DEVICE)
+    policy = dict(old_log_prob=old_log_prob, advantages=x["advantages"])
     by_hand = dict(x0, next_latents=stored, **policy, clip_range=CLIP, guidance_scale=W)
     _, scored, _, _, grad = fused_ppo_loss(**by_hand)
     drawn, _ = ddim_step.reference(*(x0[key].double() for key in x0), W, noise=x["noise"].double())
-    exact = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in by_hand.items()}
+    exact = {
+        key: value.double() if isinstance(value, torch.Tensor) else value
+        for key, value in by_hand.items()
+    }
     _, exact_log_prob, _, _, exact_grad = ppo_loss.reference(**exact)
     ddim_step.SPLIT = True
-    split, resplit = fused_ddim_step(**x0, guidance_scale=W, noise=x["noise"])[1], fused_ppo_loss(**by_hand)[1]
+    _, split_step = fused_ddim_step(**x0, guidance_scale=W, noise=x["noise"])
+    split_loss = fused_ppo_loss(**by_hand)[1]
     ddim_step.SPLIT = None
     return dict(
-        dtype=dtype, next_latents=(stored - drawn).abs().max().item(), log_prob=(log_prob - exact_log_prob).abs().max().item(),
+        dtype=dtype,
+        next_latents=(stored - drawn).abs().max().item(),
+        log_prob=(log_prob - exact_log_prob).abs().max().item(),
         grad=((grad - exact_grad).abs().max() / exact_grad.abs().max()).item(),
-        same_bits=all(torch.equal(log_prob, other) for other in (scored, split, resplit)),
-    )  # fmt: skip
+        same_bits=all(torch.equal(log_prob, other) for other in (scored, split_step, split_loss)),
+    )
 
 
 def graph_replay():
-    """A captured step that advances its own seed, replayed. μ = 0 and σ = 1 here, so what it draws is the noise itself."""
-    zeros, row = torch.zeros(8, *LATENT, device=DEVICE), torch.tensor([0.0, 0.0, 1.0, 0.0], device=DEVICE)
+    """A captured step that advances its own seed, replayed. μ = 0 and σ = 1 here, so what it draws
+    is the noise itself."""
+    zeros = torch.zeros(8, *LATENT, device=DEVICE)
+    row = torch.tensor([0.0, 0.0, 1.0, 0.0], device=DEVICE)
     seed = torch.tensor([7, 0], device=DEVICE)
     latest = {}
 
@@ -247,51 +292,72 @@ def graph_replay():
     noise = [(graph.replay(), latest["noise"].flatten().clone())[1] for _ in range(3)]
     seed[1] = 0
     graph.replay()
-    correlation = (torch.corrcoef(torch.stack(noise)) - torch.eye(3, device=DEVICE)).abs().max().item()
-    std = torch.stack(noise).std().item()
-    return dict(same_offset_same_noise=torch.equal(latest["noise"].flatten(), noise[0]), std=std, correlation_of_replays=correlation)
+    replays = torch.stack(noise)
+    correlation = torch.corrcoef(replays) - torch.eye(3, device=DEVICE)
+    return dict(
+        same_offset_same_noise=torch.equal(latest["noise"].flatten(), noise[0]),
+        std=replays.std().item(),
+        correlation_of_replays=correlation.abs().max().item(),
+    )
 
 
 def one_program_or_many():
-    """µs with one program a sample, and with one a block and a second launch: what SPLIT and FEW_SAMPLES should follow. The
-    loss of the larger sample takes two launches either way."""
+    """µs with one program a sample, and with one a block and a second launch: what SPLIT and
+    FEW_SAMPLES should follow. The loss of the larger sample takes two launches either way."""
     rows = []
     for latent in ((4, 64, 64), (4, 128, 128)) if GPU else ((4, 8, 8),):
         for batch in (1, 8, 64, 512) if GPU else (1,):
             for function in ("step", "loss"):
                 for split in (False, True):
                     ddim_step.SPLIT = split
-                    us, graph_us, launches = measure(ways(batch, "float32", compiled=False, latent=latent)[function, "fused"][0])
-                    row = dict(function=function, latent="×".join(map(str, latent)), batch=batch, split=split)
-                    rows.append(dict(row, us=us, graph_us=graph_us, launches=launches))
+                    found = ways(batch, "float32", compiled=False, latent=latent)
+                    call, _, _ = found[function, "fused"]
+                    us, graph_us, launches = measure(call)
+                    rows.append(dict(
+                        function=function, latent=size(latent), batch=batch, split=split,
+                        us=us, graph_us=graph_us, launches=launches,
+                    ))  # fmt: skip
     ddim_step.SPLIT = None
     return rows
+
+
+def size(latent):
+    return "×".join(map(str, latent))
 
 
 def run(batches, dtypes):
     kernels.BACKEND = "triton"
     record = dict(
-        device=torch.cuda.get_device_name() if GPU else "interpreter: times mean nothing", latent="×".join(map(str, LATENT)),
-        torch=torch.__version__, triton=triton.__version__, command=" ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+        device=torch.cuda.get_device_name() if GPU else "interpreter: times mean nothing",
+        latent=size(LATENT),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        command=" ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
         date=datetime.date.today().isoformat(),
-    )  # fmt: skip
+    )
     record["errors"] = [errors(dtype) for dtype in dtypes]
     record["traffic"] = [row for dtype in dtypes for row in eager_traffic(dtype)]
     record["graph"] = graph_replay() if GPU else None
     pointer = torch.zeros(1, device=DEVICE)
-    record["empty_launch_us"], record["empty_launch_graph_us"], _ = measure(lambda: _empty_kernel[(1,)](pointer))
+    us, graph_us, _ = measure(lambda: _empty_kernel[(1,)](pointer))
+    record["empty_launch_us"], record["empty_launch_graph_us"] = us, graph_us
     large = torch.zeros(2**28 if GPU else 2**10, device=DEVICE)  # 1 GiB, far beyond any cache
     target = torch.empty_like(large)
-    record["copy_gb_s"] = copy_gb_s = 2 * large.nbytes / microseconds(lambda: target.copy_(large)) / 1e3
+    copy_gb_s = 2 * large.nbytes / microseconds(lambda: target.copy_(large)) / 1e3
+    record["copy_gb_s"] = copy_gb_s
     del large, target
     record["rows"] = []
     for dtype in dtypes:
         for batch in batches:
-            for (function, way), (call, capturable, nbytes) in ways(batch, dtype, compiled=GPU).items():
+            found = ways(batch, dtype, compiled=GPU)
+            for (function, way), (call, capturable, nbytes) in found.items():
                 us, graph_us, launches = measure(call, capturable)
                 gb_s = nbytes / (graph_us or us) / 1e3
-                row = dict(function=function, dtype=dtype, batch=batch, way=way, us=us, graph_us=graph_us, launches=launches)
-                record["rows"].append(dict(row, gb_s=gb_s, of_copy=gb_s / copy_gb_s))
+                record["rows"].append(dict(
+                    function=function, dtype=dtype, batch=batch, way=way,
+                    us=us, graph_us=graph_us, launches=launches,
+                    gb_s=gb_s, of_copy=gb_s / copy_gb_s,
+                ))  # fmt: skip
     record["division"] = one_program_or_many()
     return record
 
@@ -309,27 +375,47 @@ def print_table(rows, **columns):
 
 
 def print_tables(record):
-    print("{device}; latents {latent}; torch {torch}, triton {triton}; {date}; `{command}`".format(**record))
-    empty, empty_in_graph, copy = (shown(record[key]) for key in ("empty_launch_us", "empty_launch_graph_us", "copy_gb_s"))
-    print(f"an empty launch takes {empty} µs, {empty_in_graph} µs in a graph; a large copy moves {copy} GB/s")
+    of_machine = "{device}; latents {latent}; torch {torch}, triton {triton}; {date}; `{command}`"
+    print(of_machine.format(**record))
+    empty, empty_in_graph = shown(record["empty_launch_us"]), shown(record["empty_launch_graph_us"])
+    print(f"an empty launch takes {empty} µs, {empty_in_graph} µs in a graph; "
+          f"a large copy moves {shown(record['copy_gb_s'])} GB/s")
     print("\nLargest differences from float64, half precision's rounding of the results included:")
-    print_table(record["errors"], dtype="dtype", next_latents="next latents", log_prob="log-prob", grad="gradient, relative",
-                same_bits="log-prob: same bits everywhere")  # fmt: skip
+    print_table(
+        record["errors"], dtype="dtype", next_latents="next latents", log_prob="log-prob",
+        grad="gradient, relative", same_bits="log-prob: same bits everywhere",
+    )  # fmt: skip
     if record["graph"]:
-        print("\nReplayed from a graph: " + ", ".join(f"{key} {shown(value)}" for key, value in record["graph"].items()))
+        found = ", ".join(f"{key} {shown(value)}" for key, value in record["graph"].items())
+        print("\nReplayed from a graph: " + found)
     counted = dict(operations="operations", bytes_per_element="bytes per latent element")
     print_table(record["traffic"], function="", dtype="dtype", way="way", **counted)
     timed = dict(us="µs", graph_us="µs in a graph", launches="launches")
-    print_table(record["rows"], function="", dtype="dtype", batch="B", way="way", **timed, gb_s="GB/s", of_copy="of copy")
-    print_table(record["division"], function="", latent="latent", batch="B", split="a program a block", **timed)
+    print_table(
+        record["rows"], function="", dtype="dtype", batch="B", way="way",
+        **timed, gb_s="GB/s", of_copy="of copy",
+    )  # fmt: skip
+    print_table(
+        record["division"], function="", latent="latent", batch="B", split="a program a block",
+        **timed,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The kernels against eager torch and torch.compile.")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 512, 4096] if GPU else [1, 2])
-    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / ("kernels.json" if GPU else "kernels-interpreter.json"))
-    parser.add_argument("--table", type=Path, help="print the tables of this JSON file and measure nothing")
+    file, batches = "kernels-interpreter.json", [1, 2]
+    if GPU:
+        file, batches = "kernels.json", [1, 8, 64, 512, 4096]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=batches,
+                        help=f"samples at once (default: {', '.join(map(str, batches))})")
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES, metavar="DTYPE",
+                        help=f"{', '.join(DTYPES)} (default: all)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / file,
+                        help=f"where the record is put (default: benchmarks/{file})")
+    parser.add_argument("--table", type=Path,
+                        help="print the tables of this JSON file and measure nothing")
     args = parser.parse_args()
     record = json.loads(args.table.read_text()) if args.table else run(args.batch, args.dtype)
     print_tables(record)

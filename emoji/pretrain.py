@@ -2,8 +2,9 @@
 
     python emoji/pretrain.py                          everything, about two hours on two cores
     python emoji/pretrain.py --unet-steps 30000       longer, where there is a GPU; finished stages are kept
+    python emoji/pretrain.py --only flow              the last stage alone, from the model in --out
 
-Six stages, each started again where it stopped (runs/pretrain/*.pt), with sheets of pictures to look at:
+Seven stages, each started again where it stopped (runs/pretrain/*.pt), with sheets of pictures to look at:
 
     clip     text and image encoder, contrastive (Radford et al. 2021): the pipeline's text encoder and a reward
     vae      64x64 pixels <-> 4x16x16 latents of unit variance
@@ -11,6 +12,7 @@ Six stages, each started again where it stopped (runs/pretrain/*.pt), with sheet
     judge    the image encoder of CLIP goes on alone; its text encoder stays as the UNet knows it
     decoder  the decoder of the VAE goes on alone; the latents stay as the UNet knows them
     export   all of it as a diffusers folder, in fp16 (the text encoder in fp32)
+    flow     the UNet once more, as a flow-matching model: taught by the first one, exported to models/emoji-flow
 """
 
 import argparse
@@ -24,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline,
+                       UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -66,8 +69,40 @@ class Config:
     decoder_steps: int = 2000
     decoder_batch: int = 16
     decoder_lr: float = 1e-3
+    flow_out: str = "models/emoji-flow"
+    flow_steps: int = 3000
+    flow_batch: int = 32
+    flow_lr: float = 8e-4
+    flow_scenes: int = 8192  # repeats do no harm: what is learnt is the teacher's answer
+    flow_ema: float = 0.995
+    only: str = ""  # "flow": that stage alone
     ema: float = 0.999
     save_every: int = 250  # steps
+
+
+def check(config):
+    """Refuse what cannot work before anything is drawn or trained: ValueError, one line."""
+    def refuse(setting, advice):
+        value = getattr(config, setting)
+        raise ValueError(f"--{setting.replace('_', '-')} {value}: {advice}")
+
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and field.name != "seed" and not 1 <= value < 2**31:
+            refuse(field.name, "must be at least 1 and below 2**31")
+        if field.name.endswith("_lr") and not 0 < value < 1:
+            refuse(field.name, "must be above 0 and below 1")
+        if field.type is str and any(path.is_file() for path in (Path(value), *Path(value).parents)):
+            refuse(field.name, "a file stands there; give a folder")
+    if not 0 <= config.seed < 2**32:
+        refuse("seed", "must be at least 0 and below 2**32")
+    if not 0 <= config.caption_dropout <= 1:
+        refuse("caption_dropout", "must be 0 to 1")
+    if not 0 <= config.ema < 1:
+        refuse("ema", "must be at least 0 and below 1")
+    if config.only not in ("", "flow"):
+        refuse("only", "only the stage flow can run alone")
+    return config
 
 
 def device():
@@ -127,7 +162,7 @@ def train(name, config, model, loss_fn, look=None):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(config.ema, (1 + step) / (10 + step))
+        decay = min(getattr(config, f"{name}_ema", config.ema), (1 + step) / (10 + step))
         with torch.no_grad():
             for key, value in model.state_dict().items():
                 ema[key].lerp_(value, 1 - decay) if value.is_floating_point() else ema[key].copy_(value)
@@ -369,6 +404,116 @@ def train_unet(config, tokenizer, clip, vae):
     return train("unet", config, unet, loss_fn, look)
 
 
+FLOW_SHIFT = 2.0  # as in SD3, where it is 3: puts more of the steps where a picture's content is decided
+
+
+def flow_scheduler():
+    """StableDiffusionPipeline multiplies its first noise by init_noise_sigma, which this class has only if its file says so."""
+    config = FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT).config
+    return FlowMatchEulerDiscreteScheduler.from_config(dict(config) | {"init_noise_sigma": 1.0})
+
+
+def time_of_flow(alpha_bar, t):
+    """The timesteps (fractions too) at which the noise schedule alpha_bar has the signal-to-noise of flow time t.
+
+    x = (1 − t) x_0 + t ε and x = sqrt(ᾱ) x_0 + sqrt(1 − ᾱ) ε are one and the same but for a factor where
+    t / (1 − t) = sqrt((1 − ᾱ)/ᾱ). Times beyond the schedule's ends get its ends.
+    """
+    schedule = ((1 - alpha_bar) / alpha_bar).log().double() / 2  # rises with the timestep
+    level = torch.logit(t.double()).clamp(schedule[0], schedule[-1])
+    right = torch.searchsorted(schedule, level).clamp(1, len(schedule) - 1)
+    share = (level - schedule[right - 1]) / (schedule[right] - schedule[right - 1])
+    return (right - 1 + share).float(), level.sigmoid().float()
+
+
+def match_time_embedding(student, teacher, alpha_bar, steps=1500):
+    """Train the two small layers behind the student's time input so that it sees time as its teacher does."""
+    student.time_embedding.requires_grad_(True)
+    optimizer = torch.optim.Adam(student.time_embedding.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        t = torch.rand(512, device=alpha_bar.device) * 0.98 + 0.02
+        target = teacher.time_embedding(teacher.time_proj(time_of_flow(alpha_bar, t)[0]))
+        loss = (student.time_embedding(student.time_proj(1000 * t)) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    print(f"time embedding: mean square error {loss.item():.2e} of {target.square().mean().item():.2e}")
+
+
+def train_flow(config):
+    """Stage "flow": a UNet that predicts the velocity ε − x_0 on the straight path x = (1 − t) x_0 + t ε.
+
+    It starts from the weights of the exported model, which then teaches it: that model's x̂_0 at the same signal-to-noise
+    gives a target without noise, (x − x̂_0) / t, with and without a caption, so that guidance works as well.
+    """
+    pipeline = load_pipeline(config.out)
+    teacher, vae, alpha_bar = pipeline.unet, pipeline.vae, pipeline.scheduler.alphas_cumprod.to(device())
+    student = build_unet()
+    student.load_state_dict(teacher.state_dict())
+    if finished("flow", config, student):
+        return pipeline, student
+    student.to(device())
+    if not (Path(config.work) / "flow.pt").exists():
+        match_time_embedding(student, teacher, alpha_bar)
+    pictures, captions = scenes.draw_scenes(config.flow_scenes, config.seed + 40)
+    with torch.no_grad(), autocast():
+        latents = torch.cat([vae.encode(to_pixels(pictures[i:i + 256])).latents.float()
+                             for i in tqdm(range(0, len(pictures), 256), desc="latents")])
+    vocabulary = sorted(set(captions)) + [""]
+    index = {caption: row for row, caption in enumerate(vocabulary)}
+    rows_of = torch.tensor([index[caption] for caption in captions])
+    with torch.no_grad():
+        embeds = torch.cat([pipeline.text_encoder(tokenize(pipeline.tokenizer, vocabulary[i:i + 512]).to(device()))
+                            .last_hidden_state for i in range(0, len(vocabulary), 512)])
+
+    def loss_fn(model):
+        rows = torch.randint(len(latents), (config.flow_batch,))
+        texts = torch.where(torch.rand(config.flow_batch) < 2 * config.caption_dropout, index[""], rows_of[rows])
+        # stratified, and shifted as the scheduler shifts its steps; below the first value the teacher knows nothing
+        t = ((torch.arange(config.flow_batch) + torch.rand(config.flow_batch)) / config.flow_batch).to(device())
+        t = (FLOW_SHIFT * t / (1 + (FLOW_SHIFT - 1) * t)).clamp(0.03, 0.9999)
+        clean = latents[rows]
+        noise = torch.randn_like(clean)
+        timesteps, known = time_of_flow(alpha_bar, t)  # past the end of its schedule the teacher sees a little less noise
+        t, known = t[:, None, None, None], known[:, None, None, None]
+        x, norm = (1 - t) * clean + t * noise, (known.square() + (1 - known).square()).sqrt()
+        x_teacher = ((1 - known) * clean + known * noise) / norm
+        with autocast():
+            with torch.no_grad():
+                noise_pred = teacher(x_teacher, timesteps, embeds[texts]).sample.float()
+            output = model(x, 1000 * t.flatten(), embeds[texts]).sample.float()
+        target = (x - (norm * x_teacher - known * noise_pred) / (1 - known)) / t
+        return (output - target).square().mean()
+
+    nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
+
+    def look(model):
+        pipeline.unet, pipeline.scheduler = model, flow_scheduler()
+        noise = torch.randn(len(nouns), 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(device())
+        with autocast():
+            images = pipeline(nouns, num_inference_steps=10, guidance_scale=4.0, output_type="pt", latents=noise).images
+        save_sheet(images[:96] * 2 - 1, Path(config.work) / "flow.png")
+        right = clip_top1((images.float() * 255).round().byte(), nouns, nouns, model=str(Path(config.out) / "clip"))
+        return f"zero-shot top-1 on generated nouns {right.float().mean():.3f}"
+
+    return pipeline, train("flow", config, student, loss_fn, look)
+
+
+def export_flow(config, pipeline, unet):
+    """The same pipeline with the other UNet and the flow scheduler. What it shares with its teacher is copied as it is."""
+    for part in ("text_encoder", "tokenizer", "vae"):
+        shutil.copytree(Path(config.out) / part, Path(config.flow_out) / part, dirs_exist_ok=True)
+    unet.set_default_attn_processor()
+    unet.to(torch.float16).save_pretrained(Path(config.flow_out) / "unet", safe_serialization=True)
+    flow_scheduler().save_pretrained(Path(config.flow_out) / "scheduler")
+    index = json.loads((Path(config.out) / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (Path(config.flow_out) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
 def export(config, tokenizer, clip, vae, unet):
     unet.set_default_attn_processor()
     pipeline = build_pipeline(tokenizer, clip, vae, unet).to(torch.float16)
@@ -422,12 +567,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Config):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
-    config = Config(**vars(parser.parse_args()))
-    tokenizer = build_tokenizer(config)
-    clip = train_clip(config, tokenizer)
-    vae = train_vae(config)
-    unet = train_unet(config, tokenizer, clip, vae)
-    judge = train_clip(config, tokenizer, "judge", clip)
-    decoder = train_vae(config, "decoder", vae)
-    export(config, tokenizer, judge, decoder, unet)
-    print(json.dumps(report(config.out), indent=1))
+    parser.error = lambda message: parser.exit(2, f"{message}\n")
+    try:
+        config = check(Config(**vars(parser.parse_args())))
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    Path(config.work).mkdir(parents=True, exist_ok=True)
+    if not config.only:
+        tokenizer = build_tokenizer(config)
+        clip = train_clip(config, tokenizer)
+        vae = train_vae(config)
+        unet = train_unet(config, tokenizer, clip, vae)
+        judge = train_clip(config, tokenizer, "judge", clip)
+        decoder = train_vae(config, "decoder", vae)
+        export(config, tokenizer, judge, decoder, unet)
+        print(json.dumps(report(config.out), indent=1))
+    export_flow(config, *train_flow(config))

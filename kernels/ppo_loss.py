@@ -101,7 +101,8 @@ if triton:
     def _loss_kernel(
         noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, block_sums,
         loss, log_prob, ratio, clipped, grad, guidance_scale, low, high, scale,
-        N: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, OWN: tl.constexpr, ROW: tl.constexpr,
+        N: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+        BLOCKS_HERE: tl.constexpr, ROW: tl.constexpr,
         GUIDED: tl.constexpr, CLIP: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
     ):  # fmt: skip
         sample = tl.program_id(0)
@@ -111,7 +112,7 @@ if triton:
         log_sigma = tl.load(coefficients + sample * ROW + 3).to(tl.float32)
 
         residuals = ()  # unrolled, so these stay in registers
-        for i in tl.static_range(OWN):
+        for i in tl.static_range(BLOCKS_HERE):
             element = (tl.program_id(1) + i) * BLOCK + tl.arange(0, BLOCK)
             mask = element < N
             at = sample.to(tl.int64) * N + element
@@ -121,7 +122,7 @@ if triton:
 
         squares = 0.0
         if block_sums is None:
-            for i in tl.static_range(OWN):
+            for i in tl.static_range(BLOCKS_HERE):
                 squares += tl.sum(residuals[i] * residuals[i], axis=0)
         else:
             for i in range(BLOCKS):
@@ -149,7 +150,7 @@ if triton:
         else:
             slope *= scale
         slope *= c_o / (sigma * N)
-        for i in tl.static_range(OWN):
+        for i in tl.static_range(BLOCKS_HERE):
             element = (tl.program_id(1) + i) * BLOCK + tl.arange(0, BLOCK)
             at = sample.to(tl.int64) * N + element
             g = slope * residuals[i]
@@ -209,7 +210,7 @@ def fused_ppo_loss(
     low, high = 1.0 - (clip_range or 0), 1.0 + (clip_range or 0)
     scale_on_device = isinstance(scale, torch.Tensor)
     constants = dict(
-        N=elements, BLOCK=block, BLOCKS=blocks, OWN=1 if split else blocks,
+        N=elements, BLOCK=block, BLOCKS=blocks, BLOCKS_HERE=1 if split else blocks,
         ROW=0 if coefficients.dim() == 1 else 4, GUIDED=guidance_scale is not None,
         **launch_options(block),
     )  # fmt: skip

@@ -1,16 +1,37 @@
-"""Claims about the experiments: every run of every plan is a command that its script accepts, and tables follow from logs."""
+"""Claims about the experiments: every planned run is a command that its script accepts, tables
+follow from logs, and no run outlives `reproduce.py`."""
 
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import statistics
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import ddpo
+import experiments
 import reproduce
-import rwr
-from reproduce import EXPERIMENTS, between, finished, interval, kept, plan, run_all
+import reproduce_figures
+from reproduce import EXPERIMENTS, finished, plan, run_all
+from reproduce_figures import between, interval, kept, measure
+from run_folder import read_metrics
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "emoji"
+TINY = (
+    "ddpo.py --reward compress --device cpu --images 4 --group-size 2 --sample-batch 4 "
+    "--train-batch 4 --steps 2 --updates 1 --epochs 2 --eval-images 2 --eval-every 1 --watch= "
+    "--lora-rank 2"
+)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -19,99 +40,199 @@ def test_every_command_of_a_plan_is_one_that_its_script_accepts(experiment):
     assert len(set(runs.values())) == len(runs)  # nothing is run twice under two names
     for command in runs.values():
         script, *flags = command.split()
-        if script == "ddpo.py":
-            ddpo.check(ddpo.parse_config([*flags, "--device", "cpu"])[0])
-        else:
-            rwr.check(rwr.parse_config([*flags, "--device", "cpu"])[0])
+        module = import_module(Path(script).stem)
+        module.check(module.parse_config([*flags, "--device", "cpu"])[0])
 
 
 def test_the_interval_is_students():
-    values = [1.0, 2.0, 4.0]
-    mean, half = interval(values)
-    assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * statistics.stdev(values) / math.sqrt(3), rel=1e-3)
+    mean, half = interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    expected = 4.303 * statistics.stdev([1.0, 2.0, 4.0]) / math.sqrt(3)
+    assert half == pytest.approx(expected, rel=1e-3)
     assert interval([5.0]) == (5.0, 0.0)
 
 
 def test_a_curve_is_linear_between_its_points():
-    assert between([(0, 1.0), (10, 3.0), (20, 2.0)], 5) == 2.0 and between([(0, 1.0), (10, 3.0)], 99) == 3.0
+    assert between([(0, 1.0), (10, 3.0), (20, 2.0)], 5) == 2.0
+    assert between([(0, 1.0), (10, 3.0)], 99) == 3.0
 
 
 def fake_run(folder, seed, sizes=(2.5, 2.2, 2.0), cosines=(0.66, 0.65, 0.3), **settings):
-    """The logs of a run that looked after each epoch and, where it watched CLIP, left the guard at the last."""
+    """The logs of a run that was evaluated after each epoch and, where it watched CLIP, left the
+    guard at the last."""
     folder.mkdir(parents=True)
-    config = ddpo.check(ddpo.Config(seed=seed, device="cpu", epochs=len(sizes) - 1, **settings))
+    epochs = len(sizes) - 1
+    config = ddpo.check(ddpo.Config(seed=seed, device="cpu", epochs=epochs, **settings))
     (folder / "config.json").write_text(json.dumps(vars(config)))
-    rows = []
+    views = "eval", "eval_animals_held_out", "eval_objects", "eval_animal_objects_held_out"
+    lines = []
     for epoch, (size, cosine) in enumerate(zip(sizes, cosines)):
-        row = {"epoch": epoch, "images": 64 * epoch, "eval_clip_std": 0.05} | ({"reward_mean": -size, "seconds": 1.0} if epoch else {})
-        for view in ("eval", "eval_animals_held_out", "eval_objects", "eval_animal_objects_held_out"):
-            row |= {f"{view}_reward": -size, f"{view}_clip": cosine, f"{view}_clip_top1": cosine, f"{view}_diversity": 0.2}
-        rows.append(row if config.watch else {key: value for key, value in row.items() if "clip" not in key and "diversity" not in key})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        row = {"epoch": epoch, "images": 64 * epoch, "eval_clip_std": 0.05}
+        if epoch:
+            row |= {"reward_mean": -size, "seconds": 1.0}
+        for view in views:
+            row |= {f"{view}_reward": -size, f"{view}_clip": cosine}
+            row |= {f"{view}_clip_top1": cosine, f"{view}_diversity": 0.2}
+        if not config.watch:
+            row = {key: row[key] for key in row if "clip" not in key and "diversity" not in key}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """An empty folder in the place of this one."""
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_tables_and_curves_are_drawn_from_logs_alone(experiment, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "HERE", tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_tables_and_curves_are_drawn_from_logs_alone(experiment, repository, capsys):
     for i, name in enumerate(plan(experiment, 2)):
-        fake_run(tmp_path / "results/emoji/logs" / name, seed=i)
-    held_out = {f"{run} {name}": {"compress": -2.0 - seed, "clip": 0.5} for reward, sets in reproduce.HELD_OUT.items() for name in sets
-                for seed, run in enumerate(("base", "guided", f"{reward}-0", f"{reward}-1"))}
-    (tmp_path / "results/emoji/logs/held_out.json").write_text(json.dumps(held_out))
-    (tmp_path / "results/README.md").write_text(f"before\n<!-- {experiment} -->\nold\n<!-- /{experiment} -->\nafter\n")
+        fake_run(repository / "results/emoji/logs" / name, seed=i)
+    held_out = {
+        f"{run} {name}": {"compress": -2.0 - i, "clip": 0.5}
+        for reward, sets in experiments.HELD_OUT.items()
+        for name in sets
+        for i, run in enumerate(("base", "guided", f"{reward}-0", f"{reward}-1"))
+    }
+    (repository / "results/emoji/logs/held_out.json").write_text(json.dumps(held_out))
     reproduce.main([experiment, "--draw", "--seeds", "2"])
-    assert (tmp_path / f"results/emoji/{experiment}.png").stat().st_size > 0
-    table = (tmp_path / f"results/emoji/{experiment}.md").read_text().splitlines()
+    results = repository / "results/emoji"
+    assert (results / f"{experiment}.png").stat().st_size > 0
+    table = (results / f"{experiment}.md").read_text().splitlines()
     assert len(table) > 2 and len({row.count("|") for row in table}) == 1
-    shown = (tmp_path / "results/README.md").read_text().splitlines()
-    assert shown == ["before", f"<!-- {experiment} -->", *table, f"<!-- /{experiment} -->", "after"]
-    assert json.loads((tmp_path / f"results/emoji/{experiment}.json").read_text())
+    assert json.loads((results / f"{experiment}.json").read_text())
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_committed_tables_follow_from_the_committed_logs(experiment, repository, capsys):
+    shutil.copytree(RESULTS / "logs", repository / "results/emoji/logs")
+    page = repository / "results/README.md"
+    page.write_text(f"before\n<!-- {experiment} -->\nan old table\n<!-- /{experiment} -->\nafter\n")
+    reproduce.main([experiment, "--draw", "--seeds", "1"])  # all seeds are drawn nevertheless
+    table = (RESULTS / f"{experiment}.md").read_text()
+    assert (repository / "results/emoji" / f"{experiment}.md").read_text() == table
+    assert page.read_text() == (
+        f"before\n<!-- {experiment} -->\n{table}<!-- /{experiment} -->\nafter\n"
+    )
+    numbers = (RESULTS / f"{experiment}.json").read_text()
+    assert (repository / "results/emoji" / f"{experiment}.json").read_text() == numbers
 
 
 def test_the_headline_is_the_mean_of_the_seeds():
-    look = lambda reward, top1: {"eval_reward": reward, "eval_clip_top1": top1}
-    numbers = {f"compress-{seed}": {"first": look(-2.0, 1.0), "kept": look(-size, 0.8)} for seed, size in enumerate((1.0, 2.0))}
-    *_, row = reproduce.headline(numbers)
+    def row(reward, top1):
+        return {"eval_reward": reward, "eval_clip_top1": top1}
+
+    numbers = {f"compress-{seed}": {"first": row(-2.0, 1.0), "kept": row(-size, 0.8)}
+               for seed, size in enumerate((1.0, 2.0))}
+    *_, line = reproduce_figures.headline(numbers)
     half = 12.71 * math.sqrt(0.5) / math.sqrt(2)  # Student's t with one degree of freedom
-    assert row == f"| `compress` (kB) | 2.00 | 1.50 ± {half:.2f} | -25% | 1.00 → 0.80 ± 0.00 |"
+    assert line == f"| `compress` (kB) | 2.00 | 1.50 ± {half:.2f} | -25% | 1.00 → 0.80 ± 0.00 |"
 
 
-@pytest.mark.parametrize("experiment", ["rewards", "algorithms"])
-def test_another_models_tables_do_without_the_shipped_clip(experiment, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "HERE", tmp_path)
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("experiment", reproduce.FOR_OTHER_MODELS)
+def test_another_models_tables_do_without_the_shipped_clip(experiment, repository, capsys):
     for i, name in enumerate(plan(experiment, 2)):
-        fake_run(tmp_path / "results/other/logs" / name, seed=i, watch="")
-    reproduce.main([experiment, "--draw", "--seeds", "2", "--model", "models/other"])
-    assert (tmp_path / f"results/other/{experiment}.png").stat().st_size > 0
-    table = (tmp_path / f"results/other/{experiment}.md").read_text()
-    assert "| compress" in table and "| clip" not in table and len({row.count("|") for row in table.splitlines()}) == 1
+        if not name.startswith("clip-"):
+            fake_run(repository / "results/other/logs" / name, seed=i, watch="")
+    reproduce.main([experiment, "--draw", "--model", "models/other"])
+    assert (repository / f"results/other/{experiment}.png").stat().st_size > 0
+    table = (repository / f"results/other/{experiment}.md").read_text()
+    assert "| compress" in table and "| clip" not in table
+    assert len({row.count("|") for row in table.splitlines()}) == 1
     with pytest.raises(SystemExit):
         reproduce.main(["overoptimisation", "--draw", "--model", "models/other"])
-    assert capsys.readouterr().err == "experiment overoptimisation: not for another --model; choose rewards, algorithms\n"
+    message = "not for another --model; choose rewards, algorithms"
+    assert capsys.readouterr().err == f"experiment overoptimisation: {message}\n"
 
 
-def test_what_a_table_reports_is_the_look_that_was_kept(tmp_path):
+def test_what_a_table_reports_is_the_evaluation_whose_weights_were_saved(tmp_path):
     fake_run(tmp_path / "compress-0", 0)
     first, last = kept("compress-0", tmp_path)
     assert (first["epoch"], last["epoch"]) == (0, 1)  # epoch 2 was beyond the guard
 
 
+def without_seconds(file):
+    return re.sub(r'"[a-z_]*second[a-z_]*": [\d.e-]+', "", file.read_text())
+
+
 def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(tmp_path):
     (tmp_path / "logs").mkdir()
-    runs = {"tiny": "ddpo.py --reward compress --device cpu --images 4 --group-size 2 --sample-batch 4 --train-batch 4 --steps 2 --updates 1 "
-                    "--epochs 2 --eval-images 2 --eval-every 1 --watch= --lora-rank 2"}
-    assert run_all(runs, tmp_path / "out", tmp_path / "logs", jobs=2, minutes=0)
-    log = (tmp_path / "logs/tiny/metrics.jsonl").read_text()
-    assert finished(tmp_path / "out/tiny") and len(log.splitlines()) == 3
-    run_all(runs, tmp_path / "out", tmp_path / "logs", jobs=2, minutes=0)
-    assert (tmp_path / "logs/tiny/metrics.jsonl").read_text() == log  # with its seconds: it was not run again
+    arguments = {"tiny": TINY}, tmp_path / "out", tmp_path / "logs"
+    log = tmp_path / "logs/tiny/metrics.jsonl"
+    assert run_all(*arguments, jobs=2, minutes=0) == []
+    before = log.read_text(), without_seconds(log)
+    assert finished(tmp_path / "out/tiny") and len(before[0].splitlines()) == 3
+    run_all(*arguments, jobs=2, minutes=0)
+    assert log.read_text() == before[0]  # with its seconds: it was not run again
     (tmp_path / "out/tiny/checkpoint/epoch_000002.pt").unlink()
     assert not finished(tmp_path / "out/tiny")
-    run_all(runs, tmp_path / "out", tmp_path / "logs", jobs=2, minutes=0)
+    run_all(*arguments, jobs=2, minutes=0)
+    assert without_seconds(log) == before[1]
 
-    def timeless(text):
-        return re.sub(r'"[a-z_]*second[a-z_]*": [\d.e-]+', "", text)
 
-    assert timeless((tmp_path / "logs/tiny/metrics.jsonl").read_text()) == timeless(log)
+def test_where_weights_are_pictures_and_measurements_are_taken_of_them(tmp_path):
+    out, results = tmp_path / "out", tmp_path / "results"
+    command = TINY.replace("--eval-images 2", "--eval-images 64").replace("--watch=", "")
+    assert run_all({"compress-0": command}, out, results / "logs", jobs=1, minutes=0) == []
+    runs = {"compress-0": read_metrics(results / "logs/compress-0/metrics.jsonl")}
+    reproduce_figures.draw_rewards(runs, results, out)
+    grid = Image.open(results / "compress.png")
+    assert 10 * 112 <= grid.width and 2 * 112 <= grid.height < 3 * 112  # before and after
+
+    config = reproduce_figures.settings_of(out / "compress-0")
+    animals = reproduce_figures.load_prompts("animals")
+    first, last = kept("compress-0", results / "logs")
+    for folder, row in ((None, first), (out / "compress-0", last)):
+        measured = measure(config, folder, animals)
+        evaluated = row["eval_reward"], row["eval_clip"], row["eval_clip_top1"]
+        assert tuple(measured.values()) == pytest.approx(evaluated, rel=2e-2)  # bfloat16 there
+    assert first["eval_reward"] != last["eval_reward"]
+
+
+SLEEPER = """
+import os, pathlib, time
+pathlib.Path("pid").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+WITH_ONE_SLEEPING_RUN = """
+import pathlib, reproduce
+reproduce.EXPERIMENTS["rewards"] = lambda seeds: {"sleeper-0": "sleeper.py"}, None
+reproduce.HERE = pathlib.Path.cwd()
+reproduce.main(["rewards"])
+"""
+
+
+@pytest.mark.parametrize("killed_by", [
+    signal.SIGTERM,
+    signal.SIGINT,
+    pytest.param(signal.SIGKILL, marks=pytest.mark.skipif(sys.platform != "linux", reason="prctl")),
+])
+def test_no_run_outlives_the_command_that_started_it(tmp_path, killed_by):
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", WITH_ONE_SLEEPING_RUN], cwd=tmp_path,
+                               env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    run = int((tmp_path / "pid").read_text())
+    process.send_signal(killed_by)
+    _, errors = process.communicate(timeout=30)
+    if killed_by == signal.SIGTERM:
+        assert errors.splitlines()[-1] == "stopped; the same command goes on"
+    while is_alive(run):
+        assert time.time() < deadline and killed_by == signal.SIGKILL  # the others have waited
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")

@@ -1,4 +1,5 @@
-"""Claims about reward-weighted regression: its weights, its loss, and that a run of it is a run like ddpo.py's."""
+"""Claims about reward-weighted regression: its weights, its loss, and that a run of it is a run like
+any other."""
 
 import json
 import os
@@ -21,19 +22,48 @@ from rwr import Config, denoising_loss, exp_weights, sparse_weights, weigh
 from sample import encode_prompts, load_pipeline
 
 ROOT = Path(__file__).parents[1]
-SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=3, epochs=2, eval_images=2, eval_every=2, group_size=4, watch="",
-             updates=2, inner_epochs=2, lora_rank=8, lr=3e-3, warmup=0, device="cpu")
+SMALL = dict(
+    images=8,
+    sample_batch=4,
+    train_batch=4,
+    steps=3,
+    epochs=2,
+    eval_images=2,
+    eval_every=2,
+    group_size=4,
+    watch="",
+    updates=2,
+    inner_epochs=2,
+    lora_rank=8,
+    lr=3e-3,
+    warmup=0,
+    device="cpu",
+)
 
 
 def flags(**settings):
-    return [word for key, value in settings.items() for word in ("--" + key.replace("_", "-"), str(value))]
+    return [
+        word
+        for key, value in settings.items()
+        for word in ("--" + key.replace("_", "-"), str(value))
+    ]
 
 
 def start(*arguments, processes=1, **settings):
     """rwr.py as a user runs it: a process of its own, or torchrun's."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, "rwr.py", *arguments, *flags(**settings)], cwd=ROOT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    launcher = (
+        ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        if processes > 1
+        else []
+    )
+    return subprocess.Popen(
+        [sys.executable, *launcher, "rwr.py", *arguments, *flags(**settings)],
+        cwd=ROOT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process):
@@ -46,10 +76,14 @@ def finish(process):
 
 def numbers(folder):
     """What a run computed, without how long it took."""
-    return [{key: value for key, value in row.items() if "second" not in key} for row in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if "second" not in key}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 # weights
+
 
 def test_weights_are_softmax_with_mean_one():
     rewards = torch.tensor([1.0, 2.0, 4.0, -3.0])
@@ -62,14 +96,24 @@ def test_without_beta_all_count_alike_with_much_of_it_only_the_best():
     rewards = torch.tensor([0.5, 3.0, -1.0, 2.0])
     assert exp_weights(rewards, 0.0).tolist() == [1, 1, 1, 1]
     assert exp_weights(rewards, 1e6).tolist() == [0, 4, 0, 0]
-    assert exp_weights(torch.tensor([3.0, 3.0, 1.0, 2.0]), 1e6).tolist() == [2, 2, 0, 0]  # a tie is shared
+    assert exp_weights(torch.tensor([3.0, 3.0, 1.0, 2.0]), 1e6).tolist() == [
+        2,
+        2,
+        0,
+        0,
+    ]  # a tie is shared
 
 
 def test_sparse_weights_are_one_over_the_share_for_the_top_decile_and_nothing_below():
     rewards = torch.randperm(100, generator=torch.Generator().manual_seed(0)).float()
     weights = sparse_weights(rewards, 0.1)
     torch.testing.assert_close(weights, (rewards >= 90).float() * 10)
-    assert sparse_weights(torch.tensor([1.0, 5.0, 5.0, 2.0]), 0.25).tolist() == [0, 2, 2, 0]  # both are at the border: both are in
+    assert sparse_weights(torch.tensor([1.0, 5.0, 5.0, 2.0]), 0.25).tolist() == [
+        0,
+        2,
+        2,
+        0,
+    ]  # both are at the border: both are in
     assert sparse_weights(torch.tensor([1.0, 7.0, 5.0]), 0.01).tolist() == [0, 3, 0]  # at least one
     assert sparse_weights(torch.ones(7), 0.1).tolist() == [1] * 7
 
@@ -82,48 +126,81 @@ def test_weights_do_not_depend_on_the_rewards_unit_and_have_mean_one(weights, pe
     config = Config(weights=weights, per_prompt=per_prompt, beta=1.5)
     result = weigh(rewards, prompts, config)
     assert result.mean().item() == pytest.approx(1)
-    torch.testing.assert_close(weigh(1000 * rewards - 7, prompts, config), result, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        weigh(1000 * rewards - 7, prompts, config), result, rtol=1e-4, atol=1e-5
+    )
     if per_prompt:
         a = torch.tensor([prompt == "a" for prompt in prompts])
-        assert result[a].mean().item() == pytest.approx(1) and result[~a].mean().item() == pytest.approx(1)
-        torch.testing.assert_close(weigh(rewards + 50.0 * a, prompts, config), result)  # that a prompt is easy is no merit
+        assert result[a].mean().item() == pytest.approx(1) and result[
+            ~a
+        ].mean().item() == pytest.approx(1)
+        torch.testing.assert_close(
+            weigh(rewards + 50.0 * a, prompts, config), result
+        )  # that a prompt is easy is no merit
 
 
 def test_beta_counts_in_standard_deviations():
     rewards = torch.tensor([-2.5, -2.0, -3.5, -2.1])
     weights = weigh(rewards, ["a"] * 4, Config(beta=0.8))
-    assert (weights[0] / weights[2]).log().item() == pytest.approx(0.8 * 1.0 / rewards.std(correction=0).item(), rel=1e-4)
+    assert (weights[0] / weights[2]).log().item() == pytest.approx(
+        0.8 * 1.0 / rewards.std(correction=0).item(), rel=1e-4
+    )
 
 
 def test_equal_rewards_have_equal_weights():
     for weights in ("exp", "sparse"):
-        assert weigh(torch.full((6,), -2.3), ["a", "b"] * 3, Config(weights=weights)).tolist() == [1] * 6
+        assert (
+            weigh(torch.full((6,), -2.3), ["a", "b"] * 3, Config(weights=weights)).tolist()
+            == [1] * 6
+        )
 
 
 # the loss
 
+
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
-    return UNet2DConditionModel(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
-                                attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")).eval()
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
 
 
 def batch(size=4):
     generator = torch.Generator().manual_seed(1)
     clean, noise = torch.randn(2, size, 4, 8, 8, generator=generator)
-    return clean, noise, torch.tensor([0, 300, 700, 999][:size]), torch.randn(size, 5, 8, generator=generator)
+    return (
+        clean,
+        noise,
+        torch.tensor([0, 300, 700, 999][:size]),
+        torch.randn(size, 5, 8, generator=generator),
+    )
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])
 def test_the_loss_is_that_of_diffusers_training_recipe(tiny, kind, guidance_scale):
-    schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
+    schedule = dict(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind
+    )
     clean, noise, timesteps, embeds = batch()
     empty = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(2))
-    loss = denoising_loss(SimpleNamespace(unet=tiny, scheduler=DDIMScheduler(**schedule)), clean, noise, timesteps, embeds,
-                          None if guidance_scale is None else empty, guidance_scale)
+    loss = denoising_loss(
+        SimpleNamespace(unet=tiny, scheduler=DDIMScheduler(**schedule)),
+        clean,
+        noise,
+        timesteps,
+        embeds,
+        None if guidance_scale is None else empty,
+        guidance_scale,
+    )
 
     scheduler = DDPMScheduler(**schedule)
     noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -131,23 +208,37 @@ def test_the_loss_is_that_of_diffusers_training_recipe(tiny, kind, guidance_scal
     if guidance_scale:
         unconditional = tiny(noisy, timesteps, empty.expand_as(embeds)).sample
         output = unconditional + guidance_scale * (output - unconditional)
-    target = {"epsilon": noise, "sample": clean, "v_prediction": scheduler.get_velocity(clean, noise, timesteps)}[kind]
-    torch.testing.assert_close(loss, F.mse_loss(output, target, reduction="none").mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+    target = {
+        "epsilon": noise,
+        "sample": clean,
+        "v_prediction": scheduler.get_velocity(clean, noise, timesteps),
+    }[kind]
+    torch.testing.assert_close(
+        loss, F.mse_loss(output, target, reduction="none").mean((1, 2, 3)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_gradient_of_the_weighted_loss_is_the_weighted_sum_of_the_pictures_gradients(tiny):
-    pipeline, parameters = SimpleNamespace(unet=tiny, scheduler=DDIMScheduler()), [*tiny.parameters()]
+    pipeline, parameters = SimpleNamespace(unet=tiny, scheduler=DDIMScheduler()), [
+        *tiny.parameters()
+    ]
     inputs, weights = batch(), exp_weights(torch.tensor([0.3, 2.0, -1.0, 0.5]), 1.0)
 
     def gradient(loss):
         return torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
 
-    alone = [gradient(denoising_loss(pipeline, *(value[i : i + 1] for value in inputs)).sum()) for i in range(4)]
+    alone = [
+        gradient(denoising_loss(pipeline, *(value[i : i + 1] for value in inputs)).sum())
+        for i in range(4)
+    ]
     together = gradient((weights * denoising_loss(pipeline, *inputs)).mean())
-    torch.testing.assert_close(together, sum(w * g for w, g in zip(weights, alone)) / 4, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        together, sum(w * g for w, g in zip(weights, alone)) / 4, rtol=1e-3, atol=1e-6
+    )
 
 
 # runs
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -162,12 +253,33 @@ def run(tmp_path_factory):
 def test_a_run_leaves_what_a_run_of_ddpo_leaves(run):
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert {"images", "reward_mean", "reward_std", "loss", "grad_norm", "weight_max", "weight_share", "seconds", "seconds_sample",
-            "seconds_reward", "seconds_update", "images_per_second", "eval_reward"} <= set(rows[-1])
+    assert {
+        "images",
+        "reward_mean",
+        "reward_std",
+        "loss",
+        "grad_norm",
+        "weight_max",
+        "weight_share",
+        "seconds",
+        "seconds_sample",
+        "seconds_reward",
+        "seconds_update",
+        "images_per_second",
+        "eval_reward",
+    } <= set(rows[-1])
     assert 1 / 8 <= rows[-1]["weight_share"] <= 1 <= rows[-1]["weight_max"] <= 4  # of a group of 4
-    for name in ("config.json", "rewards.png", "progress.png", "pytorch_lora_weights.safetensors", "checkpoint/epoch_000002.pt"):
+    for name in (
+        "config.json",
+        "rewards.png",
+        "progress.png",
+        "pytorch_lora_weights.safetensors",
+        "checkpoint/epoch_000002.pt",
+    ):
         assert (run / name).stat().st_size > 0
-    assert not {"clip_range", "algorithm", "kl"} & set(json.loads((run / "config.json").read_text()))
+    assert not {"clip_range", "algorithm", "kl"} & set(
+        json.loads((run / "config.json").read_text())
+    )
 
 
 def test_a_run_that_is_killed_ends_with_the_same_numbers(run, tmp_path):
@@ -180,68 +292,141 @@ def test_a_run_that_is_killed_ends_with_the_same_numbers(run, tmp_path):
     code, _, err = finish(start("--resume", str(folder)))
     assert code == 0, err
     resumed, whole = load_checkpoint(folder / "checkpoint"), load_checkpoint(run / "checkpoint")
-    assert all(torch.equal(a, b) for a, b in zip(resumed["parameters"], whole["parameters"], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed["parameters"], whole["parameters"], strict=True)
+    )
     assert numbers(folder) == numbers(run)
 
 
 def test_two_processes_train_like_one(tmp_path):
-    settings = SMALL | dict(dtype="fp32", sample_batch=2, train_batch=2, lr=1e-4, epochs=1, eval_every=1, weights="sparse", out=str(tmp_path))
+    settings = SMALL | dict(
+        dtype="fp32",
+        sample_batch=2,
+        train_batch=2,
+        lr=1e-4,
+        epochs=1,
+        eval_every=1,
+        weights="sparse",
+        out=str(tmp_path),
+    )
     split = start("--reward", "compress", processes=2, **settings | dict(name="split"))
     rwr.train(Config(name="whole", **settings))
     code, _, err = finish(split)
     assert code == 0, err
     whole, split = (load_checkpoint(tmp_path / name / "checkpoint") for name in ("whole", "split"))
-    difference = torch.cat([(a - b).abs().flatten() for a, b in zip(split["parameters"], whole["parameters"], strict=True)])
+    difference = torch.cat(
+        [
+            (a - b).abs().flatten()
+            for a, b in zip(split["parameters"], whole["parameters"], strict=True)
+        ]
+    )
     assert difference.max() <= 1e-5 and difference.mean() <= 1e-7
     rows = [numbers(tmp_path / name)[1] for name in ("whole", "split")]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [dict(weights="exp", beta=2.0), dict(weights="sparse", top=0.3), dict(weights="sparse", per_prompt=False),
-                                      dict(reward="compress:0.5,incompress:0.1", train_guidance=False)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(weights="exp", beta=2.0),
+        dict(weights="sparse", top=0.3),
+        dict(weights="sparse", per_prompt=False),
+        dict(reward="compress:0.5,incompress:0.1", train_guidance=False),
+    ],
+)
 def test_however_the_weights_fall_a_loss_of_one_everywhere_is_one(tmp_path, monkeypatch, settings):
     """Where weights of 0 are passed over, the others must not count too much or too little."""
     real = rwr.denoising_loss
     monkeypatch.setattr(rwr, "denoising_loss", lambda *inputs: 1 + 0 * real(*inputs))
-    folder = rwr.train(Config(out=str(tmp_path), name="constant", **SMALL | dict(epochs=1, steps=2, eval_every=1) | settings))
+    folder = rwr.train(
+        Config(
+            out=str(tmp_path),
+            name="constant",
+            **SMALL | dict(epochs=1, steps=2, eval_every=1) | settings,
+        )
+    )
     assert read_metrics(folder / "metrics.jsonl")[1]["loss"] == pytest.approx(1, abs=1e-5)
 
 
 def test_it_learns_to_denoise_the_pictures_that_count(tmp_path, monkeypatch):
     seen = []
     real = rwr.weigh
-    monkeypatch.setattr(rwr, "collect", lambda run, epoch, real=rwr.collect: seen.append(real(run, epoch)) or seen[0])
+    monkeypatch.setattr(
+        rwr,
+        "collect",
+        lambda run, epoch, real=rwr.collect: seen.append(real(run, epoch)) or seen[0],
+    )
     monkeypatch.setattr(rwr, "weigh", lambda *inputs: seen.append(real(*inputs)) or seen[1])
-    folder = rwr.train(Config(out=str(tmp_path), weights="sparse", per_prompt=False, top=0.25,
-                              **SMALL | dict(epochs=1, steps=6, inner_epochs=25, updates=1, train_batch=8, ema=0.0)))
+    folder = rwr.train(
+        Config(
+            out=str(tmp_path),
+            weights="sparse",
+            per_prompt=False,
+            top=0.25,
+            **SMALL | dict(epochs=1, steps=6, inner_epochs=25, updates=1, train_batch=8, ema=0.0),
+        )
+    )
     (prompts, trajectories, _, _), weights = seen
     best = weights.nonzero().flatten().repeat(8)
-    noise, timesteps = torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(5)), torch.arange(16) * 60
+    noise, timesteps = (
+        torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(5)),
+        torch.arange(16) * 60,
+    )
 
     def loss(pipeline):
-        embeds, empty = encode_prompts(pipeline, [prompts[i] for i in best]), encode_prompts(pipeline, [""])
-        return denoising_loss(pipeline, trajectories.latents[best, -1], noise, timesteps, embeds, empty, 4.0).mean().item()
+        embeds, empty = encode_prompts(pipeline, [prompts[i] for i in best]), encode_prompts(
+            pipeline, [""]
+        )
+        return (
+            denoising_loss(
+                pipeline, trajectories.latents[best, -1], noise, timesteps, embeds, empty, 4.0
+            )
+            .mean()
+            .item()
+        )
 
     with torch.no_grad():
-        assert loss(load_pipeline(device="cpu", lora=folder)) < 0.9 * loss(load_pipeline(device="cpu"))
+        assert loss(load_pipeline(device="cpu", lora=folder)) < 0.9 * loss(
+            load_pipeline(device="cpu")
+        )
 
 
 # what cannot work
 
-@pytest.mark.parametrize("arguments, names", [
-    (["--weights", "linear"], "exp, sparse"), (["--beta", "-1"], "beta"), (["--beta", "nan"], "beta"), (["--beta", "inf"], "beta"),
-    (["--top", "0"], "top"), (["--top", "1.5"], "top"), (["--group-size", "1"], "--no-per-prompt"), (["--images", "10"], "multiple of"),
-    (["--updates", "5"], "multiple of"), (["--reward", "beauty"], "beauty"), (["--preset", "huge"], "huge"), (["--device", "cuda:99"], "cuda:99"),
-    (["--clip-range", "1e-3"], "unrecognized arguments: --clip-range"), (["--algorithm", "sf"], "--algorithm"), (["--kl", "0.1"], "--kl"),
-    (["--resume", "no/such/run"], "no/such/run"), (["--resume", "DDPO"], "not that of a run"),
-])
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["--weights", "linear"], "exp, sparse"),
+        (["--beta", "-1"], "beta"),
+        (["--beta", "nan"], "beta"),
+        (["--beta", "inf"], "beta"),
+        (["--top", "0"], "top"),
+        (["--top", "1.5"], "top"),
+        (["--group-size", "1"], "--no-per-prompt"),
+        (["--images", "10"], "multiple of"),
+        (["--updates", "5"], "multiple of"),
+        (["--reward", "beauty"], "beauty"),
+        (["--preset", "huge"], "huge"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--clip-range", "1e-3"], "unrecognized arguments: --clip-range"),
+        (["--algorithm", "sf"], "--algorithm"),
+        (["--kl", "0.1"], "--kl"),
+        (["--resume", "no/such/run"], "no/such/run"),
+        (["--resume", "DDPO"], "not that of a run"),
+    ],
+)
 def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, names):
     (tmp_path / "ddpo").mkdir()
     (tmp_path / "ddpo/config.json").write_text(json.dumps({"algorithm": "sf", "clip_range": 1e-4}))
     arguments = [str(tmp_path / "ddpo") if word == "DDPO" else word for word in arguments]
     if arguments[0] != "--resume":
-        safe = dict(out=tmp_path / "runs", epochs=1, steps=2)  # should a check fail, what starts ends soon
-        arguments += flags(**{key: value for key, value in safe.items() if f"--{key}" not in arguments})
+        safe = dict(
+            out=tmp_path / "runs", epochs=1, steps=2
+        )  # should a check fail, what starts ends soon
+        arguments += flags(
+            **{key: value for key, value in safe.items() if f"--{key}" not in arguments}
+        )
     with pytest.raises(SystemExit) as stop:
         rwr.main(arguments)
     err = capsys.readouterr().err
@@ -252,4 +437,6 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys
 def test_every_preset_has_settings_that_can_work():
     for preset in rwr.PRESETS:
         config = rwr.check(rwr.parse_config(["--preset", preset, "--device", "cpu"])[0])
-        assert isinstance(config, Config) and config.images % (config.updates * config.group_size) == 0
+        assert (
+            isinstance(config, Config) and config.images % (config.updates * config.group_size) == 0
+        )

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 
 from PIL import Image
 
+import models
 import sample
 from sample import ddim_step, ddim_table, decode, encode_prompts, load_pipeline, predict, sample_trajectories
 
@@ -158,7 +159,7 @@ def test_the_command_line_draws_a_grid(tmp_path):
 
 
 def test_labels_are_wrapped_and_a_seed_keeps_its_column_when_strengths_are_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "load_tuned", lambda *_: None)
+    monkeypatch.setattr(models, "load_tuned", lambda *_: None)
     drawn = []
     grid = sample.picture_grid
     monkeypatch.setattr(sample, "picture_grid", lambda *arguments: drawn.append(arguments) or grid(*arguments))
@@ -175,7 +176,7 @@ def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(tmp_path, mon
     settings = {"model": "models/emoji", "steps": 3, "guidance_scale": 1.0, "eta": 0.5, "window": "1:2"}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     asked = []
-    monkeypatch.setattr(sample, "load_tuned", lambda *_: None)
+    monkeypatch.setattr(models, "load_tuned", lambda *_: None)
     monkeypatch.setattr(sample, "sample_trajectories", lambda pipeline, prompts, *args, **_: asked.append(args[:3]) or sample.Trajectories(
         None, None, None, torch.zeros(len(prompts), 3, 64, 64, dtype=torch.uint8), prompts))
     command = ["--prompt", "a cat", "--out", str(tmp_path / "a.png"), "--lora"]

@@ -95,14 +95,14 @@ def inputs(run, batch=3):
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_the_divergence_is_zero_at_the_base_model_and_positive_away_from_it(epsilon_model, tmp_path, lora_rank):
-    run = start(ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(lora_rank=lora_rank, kl=1.0))))
+    run = ddpo.prepare(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(lora_rank=lora_rank, kl=1.0)))
     output, reference = predict(run.pipeline.unet, *inputs(run)), reference_output(run, *inputs(run))
     assert kl_loss(output, reference, 4.0).tolist() == [0, 0, 0]
     with torch.no_grad():
         for p in run.parameters:
             p.add_(0.05 * torch.randn_like(p))
     output = predict(run.pipeline.unet, *inputs(run))
-    assert output.requires_grad  # looking at the base model has not switched the adapter off
+    assert output.requires_grad  # comparing with the base model has not switched the adapter off
     away = kl_loss(output, reference_output(run, *inputs(run)), 4.0)
     assert (away > 0).all()
     unconditional, conditional = (output - reference).chunk(2)
@@ -114,7 +114,8 @@ def test_a_divergence_weight_holds_the_model_back(epsilon_model, tmp_path):
     moved = []
     for kl in (0.0, 1e4):
         folder = ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}", **SMALL | dict(epochs=3, updates=4, kl=kl)))
-        run = start(ddpo.check(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}", **SMALL | dict(epochs=3, updates=4, kl=kl or 1.0))), resume=True)
+        settings = SMALL | dict(epochs=3, updates=4, kl=kl or 1.0)
+        run = ddpo.prepare(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}", **settings), resume=True)
         moved.append(kl_loss(predict(run.pipeline.unet, *inputs(run)), reference_output(run, *inputs(run)), 4.0).mean().item())
     assert ("kl" in read_metrics(folder / "metrics.jsonl")[-1]) and moved[1] < 0.5 * moved[0]
 
@@ -131,10 +132,10 @@ def test_the_divergence_joins_the_fused_kernels_gradient(epsilon_model, tmp_path
 
 
 def test_outside_the_window_steps_are_deterministic_and_are_no_actions(epsilon_model, tmp_path):
-    config = ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(steps=10, window="2:5", train_first=0.5)))
+    config = ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(steps=10, window="2:5")))
     assert step_etas(config.steps, config.eta, config.window).tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
     run = start(config)
-    assert run.policy_steps.tolist() == [2, 3]
+    assert run.policy_steps.tolist() == [2, 3, 4]
     _, stochastic = ddim_table(run.pipeline.scheduler, 10, 1.0)
     _, deterministic = ddim_table(run.pipeline.scheduler, 10, 0.0)
     assert torch.equal(run.table[2:5], stochastic[2:5]) and torch.equal(run.table[5:, :3], deterministic[5:, :3])

@@ -1,0 +1,209 @@
+"""A small diffusion policy for latents that are no pictures: what both control loops share.
+
+The network and its pretraining, the denoising chain, and a run's folder and command line.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import asdict, field, fields
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+from tqdm import tqdm
+
+from run_folder import load_checkpoint, read_metrics, save_checkpoint, write_whole
+from sample import ddim_step
+from training import RunStopped
+
+
+# the model
+
+
+class Denoiser(nn.Module):
+    """Predicts v from latents (B, *shape), timesteps (B,) and a condition (B, K). An MLP.
+
+    frequencies: of the condition's Fourier features, for positions between -1 and 1.
+    """
+
+    def __init__(self, shape, condition, width=256, depth=3, frequencies=0):
+        super().__init__()
+        size = math.prod(shape)
+        self.waves = [math.pi * 2**i for i in range(frequencies)]
+        self.input = nn.Linear(size + condition * (1 + 2 * frequencies) + 16, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.output = nn.Linear(width, size)
+
+    def forward(self, latents, timesteps, condition):
+        angles = timesteps[:, None] / 1000 * math.pi / 2 * 2.0 ** torch.arange(8)
+        features = [latents.flatten(1), condition, angles.sin(), angles.cos()]
+        features += [wave(condition * w) for w in self.waves for wave in (torch.sin, torch.cos)]
+        h = self.input(torch.cat(features, 1))
+        for layer in self.hidden:
+            h = h + layer(nn.functional.silu(h))
+        return self.output(nn.functional.silu(h)).view(latents.shape)
+
+
+def noise_schedule():
+    """Stable Diffusion's, predicting v, which is what so small a network learns best."""
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                         prediction_type="v_prediction", clip_sample=False, steps_offset=1,
+                         set_alpha_to_one=False)
+
+
+def denoising_loss(model, clean, condition, alphas_cumprod, generator):
+    """(B,) mean_D ‖v − v_θ(x_t, t, condition)‖², t uniform. clean: x_0, (B, C, H, W)."""
+    timesteps = torch.randint(len(alphas_cumprod), (len(clean),), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    output = model(signal * clean + sigma * noise, timesteps, condition)
+    return (output - (signal * noise - sigma * clean)).square().flatten(1).mean(1)
+
+
+def fit(model, loss_of, updates, generator, lr=2e-3):
+    """Pretrain: minimise loss_of(generator) -> (B,), with a warmup and a linear decay of lr."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for update in tqdm(range(updates), desc="pretraining", leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (update + 1) / 100) * (1 - update / updates)
+        optimizer.zero_grad()
+        loss_of(generator).mean().backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def sample_chain(model, condition, shape, timesteps, table, generator, spread=1.0):
+    """Denoising chains: latents (B, T+1, *shape) from x_T ~ N(0, spread²) on, log_probs (B, T)."""
+    latents = spread * torch.randn(len(condition), *shape, generator=generator)
+    chain, log_probs = [latents], []
+    for t, row in zip(timesteps, table):
+        output = model(latents, t.expand(len(latents)), condition)
+        noise = torch.randn(latents.shape, generator=generator)
+        latents, log_prob = ddim_step(output, latents, row, noise=noise)
+        chain.append(latents)
+        log_probs.append(log_prob)
+    return torch.stack(chain, 1), torch.stack(log_probs, 1)
+
+
+def apply_gradients(model, optimizer):
+    """One update, with the gradients' norm clipped to 1. Returns the norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    if not math.isfinite(norm):
+        lr = optimizer.param_groups[0]["lr"]
+        raise RunStopped(f"the gradient is {norm}; start again with a learning rate below {lr:g}")
+    optimizer.step()
+    return norm
+
+
+# a run: its settings, folder and command line
+
+
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+def refuse(config, name, advice):
+    raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {advice}")
+
+
+def check_numbers(config, at_least_1, above_0):
+    """What the settings of both loops have in common; all other numbers must not be negative."""
+    for name, value in asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(config, name, "must be a finite number")
+        if name in at_least_1 and value < 1:
+            refuse(config, name, "must be at least 1")
+        if name in above_0 and value <= 0:
+            refuse(config, name, "must be above 0")
+        if not isinstance(value, str) and value < 0:
+            refuse(config, name, "must not be negative")
+    if config.seed >= 2**63:
+        refuse(config, "seed", "must be below 2**63")
+    if config.steps > 500:
+        refuse(config, "steps", "the schedule has 1000; choose at most 500")
+
+
+def open_run(config, resume):
+    """(folder, the checkpoint to go on from or None, rows of metrics.jsonl until then)."""
+    folder = Path(config.out) / config.name
+    if folder.exists() and not resume:
+        raise ValueError(f"--name {config.name}: {folder} exists; go on with --resume {folder}, "
+                         "or choose another")
+    saved = load_checkpoint(folder / "checkpoint")
+    rows = read_metrics(folder / "metrics.jsonl") if saved else []
+    rows = [row for row in rows if row["epoch"] <= saved["epoch"]]
+    if saved and [row["epoch"] for row in rows] != list(range(saved["epoch"] + 1)):
+        raise ValueError(f"--resume {folder}: metrics.jsonl lacks rows before its checkpoint's "
+                         "epoch; mend that file, or begin anew with another --name")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+    write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return folder, saved, rows
+
+
+def log(folder, rows, row, state):
+    """A row of metrics.jsonl on disk, then the checkpoint of its epoch."""
+    rows.append(row)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # not to be behind the checkpoint after a power cut
+    save_checkpoint(folder / "checkpoint", state | {"epoch": row["epoch"]})
+
+
+def parse(arguments, script):
+    """(Config, resume) of a script from its command line. Raises ValueError, one line."""
+    parser = argparse.ArgumentParser(description=script.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only "
+                                                        "--epochs may be given beside it")
+    for each in fields(script.Config):
+        parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(each.default),
+                            help=f"{each.metadata['help']} (default {each.default!r})")
+    parser.error = lambda message: parser.exit(2, f"{message}\n")  # one line, no page of usage
+    given = vars(parser.parse_args(arguments))
+    given = {name: value for name, value in given.items() if value is not None}
+    if "resume" not in given:
+        return script.Config(**given), False
+    run, program = Path(given.pop("resume")), Path(script.__file__).name
+    if given.keys() - {"epochs"}:
+        raise ValueError(f"--resume {run}: its settings are those of its config.json; only "
+                         "--epochs may be given beside it")
+    if not (run / "config.json").exists():
+        raise ValueError(f"--resume {run}: no config.json in it; give the folder of a run")
+    try:
+        config = script.Config(**json.loads((run / "config.json").read_text()) | given)
+    except (TypeError, json.JSONDecodeError):
+        raise ValueError(f"--resume {run}: its config.json is not that of a run of {program}; "
+                         "go on with the script that made it") from None
+    config.out, config.name = str(run.parent), run.resolve().name
+    return config, True
+
+
+def main(arguments, script):
+    """The command line of a script that has a Config, check and fine_tune."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    config = None
+    try:
+        try:
+            config, resume = parse(arguments, script)
+            run = open_run(script.check(config), resume)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        print(script.fine_tune(config, *run))
+    except (RunStopped, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        program, folder = Path(script.__file__).name, Path(config.out) / config.name
+        print(f"\nstopped; go on with: python {program} --resume {folder}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,93 @@
+"""The experiments: which variants each of them compares, and the commands that it runs.
+
+A new experiment is a function here, {run: command} of a number of seeds; a function in
+reproduce_figures.py that draws what came out; and a line in `EXPERIMENTS` in reproduce.py.
+Runs are named <variant>-<seed>. Experiments may share runs, if they give them the same commands.
+"""
+
+import itertools
+
+# "a cat with a guitar", without guidance: then alignment can improve, and a step costs half
+CLIP = "--prompts pairs --guidance-scale 1 --images 128 --group-size 16"
+FLAGS = {
+    "clip": f"{CLIP} --lr 1.5e-4 --epochs 20 --eval-every 2 --eval-prompts animal_objects_held_out",
+}
+ALGORITHMS = {
+    "DDPO-IS": "ddpo.py",
+    "DDPO-SF": "ddpo.py --algorithm sf",
+    "RWR": "rwr.py",
+    "RWR-sparse": "rwr.py --weights sparse",
+    "RWR-no-reward": "rwr.py --beta 0",  # what the regression alone does, see rwr.py
+}
+CLIP_LR = {"ddpo.py": "1.5e-4", "rwr.py": "4e-5"}  # by script; other rewards take its default
+HELD_OUT = {  # the prompts that a reward is trained on, then others
+    "compress": ["animals", "animals_held_out", "objects"],
+    "clip": ["pairs", "animal_objects", "animal_objects_held_out"],
+}
+# Past the optimum: --patience 99 saves the weights that the guard chooses, and trains on.
+PREVENTIONS = {
+    "none": "--reward compress",
+    "kl": "--reward compress --kl 0.05",
+    "ema": "--reward compress --ema 0.9",
+    "mixture": "--reward compress:0.5,clip:1",
+}
+CHEAPER = {
+    "10 steps": "",
+    "20 steps": "--steps 20",
+    "50 steps": "--steps 50 --timestep-fraction 0.4",
+    "all trained": "--train-first 1",
+    "half at random": "--train-first 1 --timestep-fraction 0.5",
+    "last two dropped": "--train-first 0.8 --timestep-fraction 0.625",
+    "equal weights": "--train-first 1 --timestep-fraction 0.5 --step-weights equal",
+    "window of 5": "--window 0:5 --train-first 1",
+}
+
+
+def train_on(rewards, seeds):
+    return {
+        f"{reward}-{seed}": f"ddpo.py --reward {reward} --seed {seed} {FLAGS.get(reward, '')}"
+        for seed in range(seeds)
+        for reward in rewards
+    }
+
+
+def rewards(seeds):
+    return train_on(["compress", "clip", "incompress"], seeds)
+
+
+def generalisation(seeds):
+    return train_on(HELD_OUT, seeds)
+
+
+def algorithms(seeds):
+    runs = {}
+    for reward, seed in itertools.product(("compress", "clip", "incompress"), range(seeds)):
+        for name, command in ALGORITHMS.items():
+            script = command.split()[0]
+            flags = f"{CLIP} --lr {CLIP_LR[script]}" if reward == "clip" else "--images 64"
+            runs[f"{reward}-{name}-{seed}"] = (
+                f"{command} --reward {reward} --seed {seed} {flags} "
+                "--epochs 5 --warmup 0 --guard 0 --ema 0 --eval-every 5"
+            )
+    return runs
+
+
+def overoptimisation(seeds):
+    runs = {}
+    for seed, (name, flags) in itertools.product(range(seeds), PREVENTIONS.items()):
+        ema = "" if "--ema" in flags else "--ema 0"
+        runs[f"over-{name}-{seed}"] = (
+            f"ddpo.py {flags} --seed {seed} --images 64 --lr 1.5e-4 "
+            f"--epochs 12 --eval-every 2 --patience 99 {ema}"
+        )
+    return runs
+
+
+def fewer_steps(seeds):
+    runs = {}
+    for seed, (name, flags) in itertools.product(range(seeds), CHEAPER.items()):
+        runs[f"steps-{name.replace(' ', '-')}-{seed}"] = (
+            f"ddpo.py --reward compress --seed {seed} {flags} --images 64 --eval-images 32 "
+            "--epochs 6 --guard 0 --ema 0 --eval-every 3"
+        )
+    return runs

@@ -1,0 +1,287 @@
+"""Claims about forward-process RL: its two losses, and that a run of it is a run like ddpo.py's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from stable_diffusion import save_pipeline
+
+import forward
+from forward import Config, awm_loss, matching_error, nft_loss, old_decay, optimality
+from run_folder import load_checkpoint, read_metrics
+from sample import load_pipeline, noised
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(reward="compress", watch="", preset="emoji", images=8, sample_batch=4, train_batch=4, steps=3, epochs=2, eval_images=2,
+             group_size=4, updates=2, inner_epochs=2, lr=1e-3, warmup=0, guidance_scale=2.0, device="cpu", dtype="fp32")
+KINDS = ["epsilon", "v_prediction", "sample", "flow"]
+LOSSES = {"nft": nft_loss, "awm": awm_loss}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def scheduler_of(kind):
+    if kind == "flow":
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
+
+
+# the losses
+
+def test_r_clips_as_published():
+    advantages = torch.tensor([-7.0, -5.0, -2.5, 0.0, 1.0, 5.0, 9.0])
+    torch.testing.assert_close(optimality(advantages, 5.0), torch.tensor([0, 0, 0.25, 0.5, 0.6, 1, 1]))
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_nft_is_a_linear_advantage_term_and_a_trust_region(beta):
+    output, old, target = draw(3, 5, 4, 8, 8)
+    r = torch.rand(5, dtype=torch.float64)
+    e, delta = old - target, output - old
+
+    def mean(x):
+        return x.flatten(1).mean(1)
+
+    expected = mean(e**2) / beta + 2 * (2 * r - 1) * mean(e * delta) + beta * mean(delta**2)
+    torch.testing.assert_close(nft_loss(output, old, target, r, beta), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adaptive_nft_is_that_of_x_0_with_each_branch_divided_by_its_error(kind, beta):
+    """Written out in x̂_0, which is how the paper and its code have it."""
+    scheduler, timesteps = scheduler_of(kind), torch.tensor([20, 400, 700, 990])
+    clean, noise, output, old = draw(4, 4, 4, 8, 8, seed=1)
+    r = torch.tensor([0.0, 0.3, 0.5, 1.0], dtype=torch.float64)
+    noisy, target, slope = noised(scheduler, clean, noise, timesteps)
+    if kind == "flow":
+        signal, sigma = 1 - timesteps / 1000, timesteps / 1000
+    else:
+        signal, sigma = scheduler.alphas_cumprod[timesteps].sqrt(), (1 - scheduler.alphas_cumprod[timesteps]).sqrt()
+    signal, sigma = signal.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    denoise = {"epsilon": lambda o: (noisy - sigma * o) / signal, "v_prediction": lambda o: signal * noisy - sigma * o,
+               "sample": lambda o: o, "flow": lambda o: noisy - sigma * o}[kind]
+
+    def normalised(v):
+        error = denoise(v) - clean
+        return error.square().mean((1, 2, 3)) / error.abs().mean((1, 2, 3))
+
+    expected = (r * normalised((1 - beta) * old + beta * output) + (1 - r) * normalised((1 + beta) * old - beta * output)) / beta
+    torch.testing.assert_close(nft_loss(output, old, target, r, beta, slope), expected, rtol=1e-5, atol=1e-7)  # ᾱ is float32
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(6, 4, 3, padding=1)).double()
+
+
+def gradient(loss, net):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss.sum(), [*net.parameters()])])
+
+
+@pytest.mark.parametrize("slope", [None, torch.tensor([0.1, 1.0, 14.0])])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_advantage_the_gradient_at_the_old_weights_is_exactly_0(loss, slope):
+    net, (x, target) = network(), draw(2, 3, 4, 8, 8)
+    old, half = net(x).detach(), torch.full((3,), 0.5)
+    assert not gradient(LOSSES[loss](net(x), old, target, half, beta=0.5, slope=slope), net).any()
+    assert gradient(LOSSES[loss](net(x), old, target, half + 0.1, beta=0.5, slope=slope), net).any()
+    assert gradient(matching_error(net(x), target, slope), net).any()  # what rwr.py follows when all weights are 1
+
+
+@pytest.mark.parametrize("slope", [None, torch.tensor([0.1, 1.0, 14.0, 2.0])])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_policy_the_gradient_is_the_advantage_times_that_of_the_matching_loss(loss, slope):
+    net, (x, target) = network(), draw(2, 4, 4, 8, 8)
+    advantages = torch.tensor([-1.0, -0.3, 0.2, 1.0], dtype=torch.float64)
+    old, r = net(x).detach(), advantages / 2 + 0.5
+    expected = gradient(advantages * matching_error(net(x), target, slope), net)
+    torch.testing.assert_close(gradient(LOSSES[loss](net(x), old, target, r, beta=0.3, slope=slope), net), expected)
+
+
+def test_awm_stops_where_its_ratio_leaves_the_clip_range_and_its_trust_region_does_not():
+    target, old = torch.zeros(2, 1, 1, 1), torch.full((2, 1, 1, 1), 0.5)
+    r = torch.tensor([1.0, 0.0])
+    near = torch.tensor([0.1, 0.9]).view(2, 1, 1, 1).requires_grad_()  # the good one is better, the bad one worse
+    ratio = torch.exp(torch.tensor([0.25 - 0.01, 0.25 - 0.81]))
+    loss = awm_loss(near, old, target, r, beta=0.0, clip_range=2.0)
+    torch.testing.assert_close(loss, torch.stack([-ratio[0], ratio[1]]))
+    loss = awm_loss(near, old, target, r, beta=0.5, clip_range=0.1)
+    torch.testing.assert_close(loss, torch.tensor([-1.1, 0.9]) + 0.5 * 0.4**2)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), near)[0].flatten(), torch.tensor([-0.4, 0.4]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noised_pictures_and_targets_are_those_of_diffusers(kind):
+    scheduler, (clean, noise) = scheduler_of(kind), draw(2, 3, 4, 8, 8).float()
+    timesteps = scheduler.timesteps[[5, 300, 999]] if kind == "flow" else torch.tensor([0, 500, 999])
+    noisy, target, slope = noised(scheduler, clean, noise, timesteps)
+    if kind == "flow":
+        torch.testing.assert_close(noisy, scheduler.scale_noise(clean, timesteps, noise))
+        expected = noise - clean
+    else:
+        reference = DDPMScheduler.from_config(scheduler.config)
+        torch.testing.assert_close(noisy, reference.add_noise(clean, noise, timesteps))
+        expected = {"epsilon": noise, "sample": clean, "v_prediction": reference.get_velocity(clean, noise, timesteps)}[kind]
+    torch.testing.assert_close(target, expected)
+    assert slope.shape == (3,) and (slope > 0).all()
+
+
+def test_the_old_weights_follow_as_published():
+    assert [old_decay(n, 0, 0.001, 0.5) for n in (0, 100, 499, 5000)] == pytest.approx([0, 0.1, 0.499, 0.5])
+    assert [old_decay(n, 75, 0.0075, 0.999) for n in (10, 75, 95, 5000)] == pytest.approx([0, 0, 0.15, 0.999])
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_both_reach_the_known_optimum_of_a_toy(loss, beta):
+    """Pictures are points of N(0, I) in the plane, 2r − 1 = ⟨c, x_0⟩: the optimum is the flow of N(c/β, I).
+
+    For v of N(m, I) is that of N(0, I) minus t m / ((1 − t)² + t²), whatever x_t: a bias for each t.
+    """
+    c, times = torch.tensor([0.04, -0.02]), torch.linspace(0.1, 0.9, 9)
+    t, bias = times.view(9, 1, 1), torch.zeros(9, 2, requires_grad=True)
+    clean, noise = torch.randn(2, 9, 10000, 2, generator=torch.Generator().manual_seed(0))
+    clean, noise = torch.cat([clean, -clean], 1), torch.cat([noise, -noise], 1)
+    noisy, target, r = (1 - t) * clean + t * noise, noise - clean, clean @ c / 2 + 0.5
+    old = (2 * t - 1) / ((1 - t)**2 + t**2) * noisy
+    optimizer = torch.optim.LBFGS([bias], line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        total = LOSSES[loss]((old + bias[:, None]).flatten(0, 1), old.flatten(0, 1), target.flatten(0, 1), r.flatten(), beta=beta)
+        total.mean().backward()
+        return total.mean()
+
+    optimizer.step(closure)
+    optimum = -times[:, None] * (c / beta) / ((1 - times)**2 + times**2)[:, None]
+    torch.testing.assert_close(bias.detach(), optimum, rtol=0.05, atol=0.002)
+
+
+# runs
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def train(folder, resume=False, **settings):
+    return forward.train(Config(out=str(folder), **SMALL | settings), resume)
+
+
+def numbers(folder):
+    """What a run computed, without how long it took."""
+    return [{key: value for key, value in row.items() if "second" not in key} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def parameters(folder, key="parameters"):
+    return torch.cat([value.flatten() for value in load_checkpoint(folder / "checkpoint")[key]])
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """One small run that nothing disturbed."""
+    return train(tmp_path_factory.mktemp("runs"), model=model, old_rise=0.05, kl=0.1)
+
+
+def test_a_run_leaves_what_a_run_of_ddpo_leaves(run):
+    assert run.name == "compress-nft"
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert {"images", "reward_mean", "reward_std", "loss", "deviation", "kl", "grad_norm", "seconds", "seconds_update",
+            "images_per_second", "eval_reward"} <= set(rows[-1])
+    assert [row["old_decay"] for row in rows[1:]] == pytest.approx([0.2, 0.4])  # 4 updates an epoch
+    for name in ("config.json", "rewards.png", "progress.png", "unet", "checkpoint/epoch_000002.pt"):
+        assert (run / name).exists()
+
+
+def test_the_old_weights_trail_the_new_ones(run, model):
+    first = torch.cat([p.flatten() for p in load_pipeline(model, "cpu").unet.parameters()])
+    after_1, after_2 = (torch.load(run / f"checkpoint/epoch_00000{i}.pt", weights_only=True) for i in (1, 2))
+    flat = {(i, key): torch.cat([p.flatten() for p in saved[key]]) for i, saved in ((1, after_1), (2, after_2)) for key in ("parameters", "old")}
+    torch.testing.assert_close(flat[1, "old"], 0.2 * first + 0.8 * flat[1, "parameters"])
+    torch.testing.assert_close(flat[2, "old"], 0.4 * flat[1, "old"] + 0.6 * flat[2, "parameters"])
+
+
+def test_a_run_that_is_interrupted_ends_with_the_same_numbers(run, model, tmp_path):
+    settings = dict(model=model, old_rise=0.05, kl=0.1)
+    train(tmp_path, **settings, epochs=1)
+    folder = train(tmp_path, resume=True, **settings)
+    assert numbers(folder) == numbers(run)
+    for key in ("parameters", "old"):
+        assert torch.equal(parameters(folder, key), parameters(run, key))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_advantages_a_run_does_not_move_the_model(model, tmp_path, loss):
+    """Exactly: no gradient, no step of Adam. With advantages, and with RWR's weights of 1, it moves."""
+    first = torch.cat([p.flatten() for p in load_pipeline(model, "cpu").unet.parameters()])
+    settings = dict(model=model, loss=loss, weight_decay=0.0, epochs=1, weighting="adaptive")
+    folder = train(tmp_path, **settings, advantages="zero", name="zero")
+    assert torch.equal(parameters(folder), first) and read_metrics(folder / "metrics.jsonl")[1]["grad_norm"] == 0
+    assert not torch.equal(parameters(train(tmp_path, **settings, name="moves")), first)
+
+
+def test_two_processes_train_like_one(model, tmp_path):
+    settings = SMALL | dict(model=model, out=str(tmp_path), epochs=1, loss="awm", lr=1e-4, sample_batch=2, train_batch=2)
+    words = [word for key, value in settings.items() for word in ("--" + key.replace("_", "-"), str(value))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "forward.py"]
+    split = subprocess.Popen([*launch, *words, "--name", "split"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    whole = forward.train(Config(**settings, name="whole"))
+    out, err = split.communicate(timeout=300)
+    assert split.returncode == 0, err
+    assert out.splitlines()[-1].startswith("next: python sample.py")
+    difference = (parameters(whole) - parameters(tmp_path / "split")).abs()
+    assert difference.max() <= 1e-5 and difference.mean() <= 1e-7
+    rows = [numbers(folder)[1] for folder in (whole, tmp_path / "split")]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
+    assert rows[0]["reward_mean"] == rows[1]["reward_mean"]
+
+
+@pytest.mark.parametrize("settings", [dict(reward="compress:0.5,incompress:0.1", lora_rank=2, kl=0.1), dict(guidance_scale=1.0, dtype="bf16"),
+                                      dict(train_guidance=False, train_first=0.4, loss="awm")])
+def test_other_settings_run(model, tmp_path, settings):
+    folder = train(tmp_path, model=model, **settings, epochs=1)
+    assert all(value == value for value in read_metrics(folder / "metrics.jsonl")[1].values())
+    assert parameters(folder).isfinite().all()
+
+
+def test_v_prediction_models_train_too(tmp_path):
+    folder = train(tmp_path, model=save_pipeline(tmp_path / "model", "v_prediction"), epochs=1, weighting="adaptive")
+    assert read_metrics(folder / "metrics.jsonl")[1]["grad_norm"] > 0
+
+
+# what cannot work
+
+@pytest.mark.parametrize("arguments, names", [
+    (["--loss", "ddpo"], "nft, awm"), (["--weighting", "equal"], "none, adaptive"), (["--advantages", "prompt"], "group, zero"),
+    (["--beta", "0"], "--beta 0"), (["--clip-range", "-1"], "--clip-range"), (["--kl", "-1"], "--kl"), (["--beta", "nan"], "--beta nan"), (["--old-rise", "inf"], "finite"),
+    (["--advantage-clip", "0"], "--advantage-clip"), (["--old-ceiling", "1"], "--old-ceiling"), (["--old-rise", "-1"], "--old-rise"),
+    (["--train-first", "0"], "--train-first"), (["--group-size", "1"], "at least 2 pictures"), (["--updates", "5"], "multiple of"),
+    (["--algorithm", "sf"], "unrecognized arguments"), (["--resume", "DDPO"], "not that of a run of forward.py"),
+])
+def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, names):
+    (tmp_path / "ddpo").mkdir()
+    (tmp_path / "ddpo/config.json").write_text(json.dumps({"algorithm": "sf", "clip_range": 1e-4}))
+    arguments = [str(tmp_path / "ddpo") if word == "DDPO" else word for word in arguments]
+    if arguments[0] != "--resume":
+        arguments += ["--out", str(tmp_path / "runs"), "--epochs", "1", "--steps", "2"]  # what starts ends soon
+    with pytest.raises(SystemExit) as stop:
+        forward.main(arguments)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_preset_has_settings_that_can_work():
+    for preset in forward.PRESETS:
+        config = forward.check(forward.parse_config(["--preset", preset, "--device", "cpu"])[0])
+        assert isinstance(config, Config) and config.images % (config.updates * config.group_size) == 0
