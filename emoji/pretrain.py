@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))  # of the scripts
 
 from emoji import scenes
 from rewards import clip_top1, jpeg_kilobytes
+from run_folder import write_whole
 from sample import load_pipeline, sample_trajectories
 
 TEXT_LENGTH = 20  # tokens: "a hippopotamus with an ice cream" has 8 with both ends
@@ -170,8 +171,7 @@ def train(name, config, model, loss_fn, look=None):
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            write_whole(path, lambda file: torch.save(state, file))
             if look:
                 trained = {key: value.clone() for key, value in model.state_dict().items()}
                 model.load_state_dict(ema)
