@@ -32,10 +32,11 @@ import settings
 from ddpo import is_loss, kl_loss, mixed_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from sample import encode_prompts, noised, predict
+from models import denoiser
+from sample import noised, predict
 from settings import Settings, check_choices, refuse
 from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce,
-                      reference_output, reward_row, seeded, shard, start, time_row, using)
+                      reference_output, reward_row, seeded, shard, start, time_row, training_inputs, using)
 
 
 @dataclass
@@ -139,11 +140,11 @@ def train(config, resume=False):
 def fit(run):
     """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
     config, device, pipeline, parameters = run.config, run.device, run.pipeline, run.parameters
+    network = denoiser(pipeline)
     timesteps = run.timesteps[:math.ceil(config.train_first * len(run.timesteps))]  # those of the sampler
     adaptive = config.weighting == "adaptive"
     pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
     updates = config.updates * config.inner_epochs  # of an epoch
-    guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
     old = [value.detach().to(device, copy=True) for value in (run.saved["old"] if run.saved else parameters)]
 
     over = begin(run, describe(run, updates, pairs, "(picture, t, ε)", teachers=1 + (config.kl > 0)))
@@ -162,7 +163,6 @@ def fit(run):
             r = optimality(mixed_advantages(run, prompts, scores, None), config.advantage_clip)
 
         # 4. update
-        negative_embeds = encode_prompts(pipeline, [""], run.cache) if guidance_scale else None
         totals, grad_norms = torch.zeros(3, device=device), []
         steps = torch.rand(config.images, len(timesteps), generator=seeded(config.seed, epoch, 2)).argsort(1)
         updating = progress_bar(run, "updating", updates * len(shard(run, pairs)))
@@ -174,10 +174,11 @@ def fit(run):
                 index = order.split(pairs)[part][mine]  # which pictures
                 t = timesteps[steps[index, inner % len(timesteps)].to(device)]
                 x, target, slope = noised(pipeline.scheduler, clean[index].to(device), noise[mine].to(device), t)
-                inputs = x, t, encode_prompts(pipeline, [prompts[i] for i in index], run.cache), negative_embeds
+                *embeds, guidance_scale = training_inputs(run, [prompts[i] for i in index])
+                inputs = x, t, *embeds
                 with torch.no_grad(), using(parameters, old):
-                    v_old = guided(predict(pipeline.unet, *inputs, run.dtype), guidance_scale)
-                output = predict(pipeline.unet, *inputs, run.dtype)
+                    v_old = guided(predict(network, *inputs, run.dtype), guidance_scale)
+                output = predict(network, *inputs, run.dtype)
                 v = guided(output, guidance_scale)
                 common = v, v_old, target, r[index].to(device), config.beta, slope if adaptive else None
                 loss = nft_loss(*common) if config.loss == "nft" else awm_loss(*common, config.clip_range)

@@ -26,6 +26,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 
+from models import network_name
 from prompts import set_names
 
 LOCKS = {}  # folder of a run that this process writes -> its open lock file
@@ -140,20 +141,21 @@ def release(folder):
 def save_weights(pipeline, config, folder):
     """In diffusers' own formats, so that the result loads anywhere; written aside first, then moved
     into place."""
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
+    name = network_name(pipeline)
     folder.mkdir(exist_ok=True)
     run = folder.parent if folder.name == "last" else folder
     scratch = folder / "weights.tmp"
-    target = folder if config.lora_rank else folder / "unet"
+    target = folder if config.lora_rank else folder / name
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         if config.lora_rank:
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-            pipeline.save_lora_weights(scratch, unet_lora_layers=layers)
+            # keys as peft has them, for every layer: of a file with two styles of keys diffusers drops one
+            layers = get_peft_model_state_dict(getattr(pipeline, name))
+            pipeline.save_lora_weights(scratch, **{f"{name}_lora_layers": layers})
         else:
-            pipeline.unet.save_pretrained(scratch)
+            getattr(pipeline, name).save_pretrained(scratch)
         target.mkdir(exist_ok=True)
         for file in sorted(scratch.iterdir()):  # config.json comes before the weights
             sync(file)

@@ -35,13 +35,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from models import (blocks, condition, denoiser, first_line, lora_targets, main_tokenizer, passes, schedule_inputs,
+                    text_encoders)
 from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards,
                         read_metrics, release, reserved, row_line, save_checkpoint, save_picture,
                         save_weights, sync, write_whole)
 from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape,
-                    load_pipeline, predict, sample_trajectories, step_etas)
+                    load_pipeline, predict, sample_trajectories, step_etas, window_places)
 from settings import watched
 
 
@@ -67,10 +69,7 @@ class Run:
     components: dict  # name of a trained reward -> weight
     rewards: dict  # name -> function, the watched ones too
     pipeline: object
-    eta: torch.Tensor  # (T,) of each step: 0 outside the window
     timesteps: torch.Tensor  # (T,)
-    table: torch.Tensor  # (T, 4)
-    policy_steps: torch.Tensor  # which of the T steps are actions that may be trained
     parameters: list
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -133,22 +132,26 @@ def sum_gradients(parameters):
             p.grad.copy_(grad.view_as(p))
 
 
-def make_trainable(unet, config):
+def make_trainable(network, config):
     """The parameters to train, in float32, whatever the frozen ones are in."""
     if config.lora_rank:
         from peft import LoraConfig
 
-        targets, names = [target.strip() for target in config.lora_targets.split(",")], [name for name, _ in unet.named_modules()]
+        wanted = config.lora_targets or lora_targets(network)
+        targets, names = [target.strip() for target in wanted.split(",")], [name for name, _ in network.named_modules()]
         for target in targets:  # peft is content when one of them is there
             if not any(f".{name}".endswith(f".{target}") for name in names if name):
-                raise ValueError(f"--lora-targets {config.lora_targets}: no layer of the UNet is called {target!r}; choose such as "
-                                 "to_q,to_k,to_v,to_out.0")
+                raise ValueError(f"--lora-targets {wanted}: no layer of the {type(network).__name__} is called {target!r}; "
+                                 f"choose such as {lora_targets(network)}")
         torch.manual_seed(config.seed)  # the adapter starts the same on every process
-        unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
-                                    target_modules=targets))
+        try:
+            network.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
+                                           target_modules=targets))
+        except (ValueError, TypeError) as error:  # a layer that is neither linear nor a convolution
+            raise ValueError(f"--lora-targets {wanted}: {first_line(error)}; choose such as {lora_targets(network)}") from error
     else:
-        unet.requires_grad_(True)
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+        network.requires_grad_(True)
+    parameters = [p for p in network.parameters() if p.requires_grad]
     for p in parameters:
         p.data = p.data.float()
     return parameters
@@ -207,21 +210,22 @@ def set_up(config, folder, resume, reference):
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
     # what is trained is float32
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)
-    notice = cut_notice(pipeline.tokenizer, prompts)
+    notice = cut_notice(main_tokenizer(pipeline), prompts)
     if notice and rank == 0:
         print(notice, file=sys.stderr)
-    unet = pipeline.unet
-    eta = step_etas(config.steps, config.eta, config.window)
-    timesteps, table = ddim_table(pipeline.scheduler, config.steps, eta)
-    # a step without noise, such as the last one of some schedules, is no action
-    policy_steps = (table[:, 2] > 0).nonzero().flatten()
-    if len(policy_steps) == 0:
-        raise ValueError(f"--steps {config.steps}: every step of this scheduler is deterministic; "
-                         "choose more steps")
-    if config.offload:  # the text encoder works there; the VAE comes to the device for each batch
-        pipeline.text_encoder.to("cpu"), pipeline.vae.to("cpu")
+    network = denoiser(pipeline)
+    timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler,
+                                  **schedule_inputs(pipeline, config.steps))
+    for first, end in window_places(config.steps, config.window, config.window_shift):
+        if not (table[first:end, 2] > 0).any():
+            within = "of the window " if config.window else ""
+            raise ValueError(f"--steps {config.steps}: every step {within}from {first} to {end} of "
+                             "this scheduler is deterministic; choose more steps, or another --window")
+    if config.offload:  # the text encoders work there; the VAE comes to the device for each batch
+        for module in (*text_encoders(pipeline), pipeline.vae):
+            module.to("cpu")
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     try:
         picture = decode(pipeline, torch.zeros(2, *latents_shape(pipeline), device=device))
     except FloatingPointError as error:
@@ -229,7 +233,7 @@ def set_up(config, folder, resume, reference):
                          "model") from None
     for reward in rewards.values():
         reward(picture, prompts[:1] * 2)
-    parameters = make_trainable(unet, config)
+    parameters = make_trainable(network, config)
     if config.compile:
         from torch._dynamo import config as dynamo  # slow to import, so only here
 
@@ -237,22 +241,19 @@ def set_up(config, folder, resume, reference):
         # the blocks past its limit in eager mode
         dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1024, 65536
         # a GPU has it so already; on a CPU it only pays when operations are fused
-        unet.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)
         # Block by block: compiled as a whole (torch 2.13, CPU), all gradients below the first
-        # upsampling are wrong, without a word. The last norm too, because eager mode is slow at
-        # norms of bf16 in channels_last. With eager mode's rounding: else sampling and training,
+        # upsampling are wrong, without a word. With eager mode's rounding: else sampling and training,
         # which are two graphs, round differently in bf16, and the ratio does not start at 1. In
         # place, so that weights keep their names; anew for each batch size, of which there are few.
-        blocks = *unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.conv_norm_out
-        for block in filter(None, blocks):
+        for block in blocks(network):
             block.compile(dynamic=False, options={"emulate_precision_casts": True})
 
     run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline,
-              eta, timesteps.to(device), table.to(device), policy_steps, parameters,
-              make_optimizer(parameters, config),
+              timesteps.to(device), parameters, make_optimizer(parameters, config),
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
     if reference and not config.lora_rank:
-        run.reference = copy.deepcopy(unet).requires_grad_(False)
+        run.reference = copy.deepcopy(network).requires_grad_(False)
     if config.ema:
         run.ema = [p.detach().clone() for p in parameters]
     if resume:
@@ -283,6 +284,16 @@ def set_up(config, folder, resume, reference):
         write_rows(run)
         run.track = open_tracker(config, folder)
     return run
+
+
+def epoch_table(config, pipeline, epoch):
+    """(table (T, 4) of an epoch's sampling, which of its T steps are actions that may be trained).
+
+    A step without noise, outside the window or the last one of some schedules, is no action."""
+    eta = step_etas(config.steps, config.eta, config.window, config.window_shift, epoch)
+    _, table = ddim_table(pipeline.scheduler, config.steps, eta, config.sampler,
+                          **schedule_inputs(pipeline, config.steps))
+    return table, (table[:, 2] > 0).nonzero().flatten()
 
 
 def check_checkpoint(saved, run):
@@ -414,16 +425,20 @@ def remedy(run):
             f"{config.guidance_scale:g}, or smaller weights in --reward")
 
 
-def rollout(run, prompts, keys, bar=None, eta=None):
+def rollout(run, prompts, keys, bar=None, eta=None, epoch=1):
     """Trajectories of a batch, a picture a prompt, each with the random numbers of its key.
 
-    Raises RunStopped if the network is broken: its black pictures are the best for some rewards.
+    A moving window is where it is in that epoch. Evaluations keep to the first place, so that they do
+    not depend on it. Raises RunStopped if the network is broken: its black pictures are the best for
+    some rewards.
     """
-    config, eta = run.config, run.eta if eta is None else eta
-    generators = [seeded(*key, device=run.device) for key in keys]
+    config, generators = run.config, [seeded(*key, device=run.device) for key in keys]
+    if eta is None:
+        eta = step_etas(config.steps, config.eta, config.window, config.window_shift, epoch)
     try:
         return sample_trajectories(run.pipeline, prompts, config.steps, config.guidance_scale, eta,
-                                   generators, run.dtype, bar and bar.update, run.cache, run.step)
+                                   generators, run.dtype, bar and bar.update, run.cache, run.step,
+                                   config.sampler)
     except FloatingPointError as error:
         raise RunStopped(f"{run.folder}: {error}; {remedy(run)}") from None
 
@@ -465,7 +480,7 @@ def collect(run, epoch):
                 progress_bar(run, "scoring", sum(map(len, indices)), position=2) as scoring:
             for index in indices:
                 keys = [(config.seed, epoch, 1, i) for i in index.tolist()]
-                batch = rollout(run, [prompts[i] for i in index], keys, sampling)
+                batch = rollout(run, [prompts[i] for i in index], keys, sampling, epoch=epoch)
                 task = functools.partial(score, run, batch.images, batch.prompts, scoring)
                 if run.scorer:
                     futures.append(run.scorer.submit(task))
@@ -516,6 +531,11 @@ def time_row(run, clock, seconds_sample, seconds_reward):
     return row
 
 
+def training_inputs(run, prompts):
+    """(prompt_embeds, negative_embeds, guidance_scale) of a batch that is trained on, see models.condition."""
+    return condition(run.pipeline, prompts, run.config.guidance_scale, run.cache, run.config.train_guidance)
+
+
 def reference_output(run, *inputs):
     """The base model's output, without gradients: the adapter is off, or a copy of the network runs.
 
@@ -523,9 +543,10 @@ def reference_output(run, *inputs):
     with torch.no_grad():
         if run.reference is not None:
             return predict(run.reference, *inputs, run.dtype)
-        run.pipeline.unet.disable_adapters()
-        output = predict(run.pipeline.unet, *inputs, run.dtype)
-        run.pipeline.unet.enable_adapters()
+        network = denoiser(run.pipeline)
+        network.disable_adapters()
+        output = predict(network, *inputs, run.dtype)
+        network.enable_adapters()
         return output
 
 
@@ -533,9 +554,9 @@ def describe(run, updates, pairs, kind, teachers=0):
     """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update;
     teachers: networks that run on each pair without gradient, such as the base model of --kl."""
     config = run.config
-    passes = 2 if config.guidance_scale > 1 else 1
-    forward = config.images * config.steps * passes
-    backward = updates * pairs * (passes if config.train_guidance else 1)
+    rows = passes(run.pipeline, config.guidance_scale)
+    forward = config.images * config.steps * rows
+    backward = updates * pairs * (rows if config.train_guidance else 1)
     forward += teachers * backward
     at_once = min(config.train_batch, pairs // run.world)
     trained = sum(p.numel() for p in run.parameters) / 1e6
