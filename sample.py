@@ -25,8 +25,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import (DTYPES, autocast, decode, default_device, encode_prompts, first_line, is_emoji, latents_shape,
-                    load_pipeline, load_tuned, predict)  # first: it quiets the libraries
+from models import (DTYPES, autocast, decode, default_device, encode_prompts, first_line, is_emoji,
+                    latents_shape, load_pipeline, load_tuned, predict)  # first: it quiets the libraries
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -59,12 +59,12 @@ def ddim_scheduler(scheduler):
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         for option in ("stochastic_sampling", "invert_sigmas"):
             if config.get(option):
-                raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that we "
-                                 f"sample; set {option} to false in scheduler/scheduler_config.json")
+                raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that "
+                                 f"we sample; set {option} to false in scheduler/scheduler_config.json")
         return scheduler
     if "beta_schedule" not in config or config.get("use_flow_sigmas"):
-        raise ValueError(f"scheduler: {name} has no noise schedule that we know; give one with a beta schedule, "
-                         "such as DDIMScheduler, or FlowMatchEulerDiscreteScheduler")
+        raise ValueError(f"scheduler: {name} has no noise schedule that we know; give one with a beta "
+                         "schedule, such as DDIMScheduler, or FlowMatchEulerDiscreteScheduler")
     for option in ("clip_sample", "thresholding"):
         if config.get(option, False):
             raise ValueError(f"scheduler: {option}=True bends the step, which is then no Gaussian around an "
@@ -74,8 +74,8 @@ def ddim_scheduler(scheduler):
     try:
         return DDIMScheduler.from_config(config)
     except NotImplementedError:
-        raise ValueError(f"scheduler: beta_schedule {config['beta_schedule']!r} of {name} is not one of DDIM's; "
-                         "choose linear, scaled_linear or squaredcos_cap_v2, or give trained_betas") from None
+        raise ValueError(f"scheduler: beta_schedule {config['beta_schedule']!r} is not one of DDIM's; choose "
+                         "linear, scaled_linear or squaredcos_cap_v2, or give trained_betas") from None
 
 
 def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
@@ -89,8 +89,8 @@ def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
         raise ValueError(f"--steps {num_steps}: the schedule has {total}; choose 1 to {total}")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if scheduler.config.use_dynamic_shifting and mu is None:
-            raise ValueError("scheduler: use_dynamic_shifting needs the shift mu of the picture's size, which this "
-                             "model's pipeline does not tell; set it to false in scheduler/scheduler_config.json")
+            raise ValueError("scheduler: use_dynamic_shifting needs the shift mu of the picture's size, "
+                             "which this model does not tell; set it to false in scheduler/scheduler_config.json")
         scheduler.set_timesteps(num_steps, sigmas=sigmas, **{} if mu is None else {"mu": mu})
         s = scheduler.sigmas.cpu().double()
         return scheduler.timesteps.cpu(), 1 - s, s
@@ -127,14 +127,14 @@ def step_etas(steps, eta=1.0, window="", shift="", epoch=1):
     return torch.where((step >= first) & (step < end), eta, 0.0)
 
 
-# η of each sampler where nothing else is asked for. 1 is DDPM's noise; flow and dance have their papers' value,
-# cps what is in common use. Above the second number ddim and cps would add more noise than s'.
+# η of each sampler where nothing else is asked for. 1 is DDPM's noise; flow and dance have their papers'
+# value, cps what is in common use. Above the second number ddim and cps would add more noise than s'.
 ETAS = {"ddim": 1.0, "cps": 0.7, "flow": 0.7, "dance": 0.3}
 MAX_ETAS = {"ddim": 1.0, "cps": 1.0, "flow": 2.0, "dance": 2.0}
 
 
 def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=None):
-    """(timesteps (T,), table (T, 4) float32): c_x, c_o, σ, log σ of each step, so that μ = c_x x + c_o output.
+    """(timesteps (T,), table (T, 4) float32): c_x, c_o, σ, log σ of each step: μ = c_x x + c_o output.
 
     A noisy sample is x = α x_0 + s ε. Stable Diffusion has α = sqrt(ᾱ) and s = sqrt(1 − ᾱ), flow matching
     α = 1 − t and s = t. The network's output o and x give x̂_0 and ε̂, both affine in (x, o):
@@ -151,23 +151,23 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
         flow    σ = η k' sqrt(t/(1 − t)) sqrt(t − t')   b = s' − σ²/(2 k' t)    Flow-GRPO, arXiv 2505.05470
         dance   σ = η k' sqrt(t − t')                   b = s' − σ²/(2 k' t)    DanceGRPO, arXiv 2505.07818
 
-    k = α + s takes any x to flow coordinates: x/k at time t = s/k. There the last two are Euler–Maruyama steps
-    of an SDE with g² = σ²/(t − t'). Its drift, v − g²/(2t) ε̂, is right to first order in the step alone, so
-    some noise stays in the picture.
+    k = α + s takes any x to flow coordinates: x/k at time t = s/k. There the last two are Euler–Maruyama
+    steps of an SDE with g² = σ²/(t − t'). Its drift, v − g²/(2t) ε̂, is right to first order in the step
+    alone, so some noise stays in the picture.
 
     eta: η, one for all steps or one for each, (T,), in the sampler's own meaning (see ETAS). Where σ = 0 (at
     η = 0, and in a last step that ends without noise) log σ is -inf: a deterministic step.
     timesteps: what the network is told, int64, or float32 of a flow-matching scheduler.
     mu, sigmas: see noise_levels.
-    Raises ValueError for steps that the schedule does not have, an unknown sampler, an eta out of its range, a
-    step that is not affine, or a schedule under which x_0 cannot be told.
+    Raises ValueError for steps that the schedule does not have, an unknown sampler, an eta out of its range,
+    a step that is not affine, or a schedule under which x_0 cannot be told.
     """
     if sampler not in ETAS:
         raise ValueError(f"--sampler {sampler}: unknown; choose {', '.join(ETAS)}")
     eta = torch.as_tensor(eta, dtype=torch.float64)
     if not ((eta >= 0) & (eta <= MAX_ETAS[sampler])).all():
-        raise ValueError(f"--eta {eta.tolist()}: must lie between 0 (deterministic) and {MAX_ETAS[sampler]:g} "
-                         f"(with --sampler {sampler})")
+        raise ValueError(f"--eta {eta.tolist()}: must lie between 0 (deterministic) and "
+                         f"{MAX_ETAS[sampler]:g} (with --sampler {sampler})")
     timesteps, alpha, s = noise_levels(scheduler, num_steps, mu, sigmas)
     alpha, alpha_next, s, s_next = alpha[:-1], alpha[1:], s[:-1], s[1:]
 
@@ -200,22 +200,23 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
     elif kind == "flow":
         clean, noise = (one / (alpha + s), -s / (alpha + s)), (one / (alpha + s), alpha / (alpha + s))
     else:
-        raise ValueError(f"scheduler: prediction_type {kind!r} is unknown; use epsilon, v_prediction or sample, or "
-                         "FlowMatchEulerDiscreteScheduler")
+        raise ValueError(f"scheduler: prediction_type {kind!r} is unknown; use epsilon, v_prediction or "
+                         "sample, or FlowMatchEulerDiscreteScheduler")
     c_x, c_o = (alpha_next * clean[i] + b * noise[i] for i in (0, 1))
     table = torch.stack([c_x, c_o, sigma, sigma.log()], dim=1).float()
     if not table[:, :3].isfinite().all():
-        raise ValueError(f"scheduler: with prediction_type {kind!r} its schedule ends in pure noise, where x_0 "
-                         "cannot be told; such a schedule (rescale_betas_zero_snr) needs v_prediction")
+        raise ValueError(f"scheduler: with prediction_type {kind!r} its schedule ends in pure noise, where "
+                         "x_0 cannot be told; such a schedule (rescale_betas_zero_snr) needs v_prediction")
     return timesteps, table
 
 
-def ddim_step(output, latents, coefficients, next_latents=None, generator=None, guidance_scale=None, noise=None):
+def ddim_step(output, latents, coefficients, next_latents=None, generator=None, guidance_scale=None,
+              noise=None):
     """One stochastic step (Eq. 12), and the log-density of the step taken: (next_latents, log_prob (B,)).
 
-    Draws the next latents when they are not given, and scores them when they are: one function for rollout and
-    update, so that the two agree to the last bit. The latents are rounded to the dtype they are stored in
-    *before* they are scored.
+    Draws the next latents when they are not given, and scores them when they are: one function for rollout
+    and update, so that the two agree to the last bit. The latents are rounded to the dtype they are stored
+    in *before* they are scored.
 
     output: what the network predicted, (B, C, H, W); with a guidance_scale (2B, C, H, W), unconditional half
     first.
@@ -352,8 +353,8 @@ def drawing_settings(args):
     model = args.model or run.get("model", "models/emoji")
     run = {"model": model, "steps": 10 if is_emoji(model) else 50, "guidance_scale": 4.0, "dtype": "fp32",
            "sampler": "ddim", "sample_batch": 8, "window": "", "window_shift": "", "lora_rank": 0} | run
-    flags = {"model": args.model, "steps": args.steps, "guidance_scale": args.guidance_scale, "dtype": args.dtype,
-             "sampler": args.sampler, "eta": args.eta, "sample_batch": args.batch}
+    flags = {"model": args.model, "steps": args.steps, "guidance_scale": args.guidance_scale,
+             "dtype": args.dtype, "sampler": args.sampler, "eta": args.eta, "sample_batch": args.batch}
     given = {key: value for key, value in flags.items() if value is not None}
     sampler = given.get("sampler", run["sampler"])
     if sampler != run["sampler"] or "eta" not in run:
@@ -366,26 +367,28 @@ def drawing_settings(args):
 def main(arguments=None):
     import argparse
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--prompt", action="append",
                         help='may be repeated (default: "a cat", "a fox", "a butterfly", "a panda")')
-    parser.add_argument("--lora", metavar="RUN", help="a run's folder: the base model's pictures and, below, the "
-                        "tuned one's, as the run drew them in its evaluations")
-    parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: the run's, "
-                        "or models/emoji)")
+    parser.add_argument("--lora", metavar="RUN", help="a run's folder: the base model's pictures and, below, "
+                        "the tuned one's, as the run drew them in its evaluations")
+    parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: "
+                        "the run's, or models/emoji)")
     parser.add_argument("--lora-scale", type=float, nargs="+", default=[1.0],
                         help="strengths of what was trained, 0 to 1; several: one below the other")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--batch", type=int, help="pictures drawn at once (default: the run's, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default 0)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the shipped "
-                        "models, 50 otherwise)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the "
+                        "shipped models, 50 otherwise)")
     parser.add_argument("--guidance-scale", type=float, help="1 for none (default: the run's, or 4)")
     parser.add_argument("--sampler", choices=ETAS, help="how noise is added (default: the run's, or ddim)")
     parser.add_argument("--eta", type=float, help="how much; 0: deterministic (default: the run's, or "
                         + ", ".join(f"{name} {eta:g}" for name, eta in ETAS.items()) + ")")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the network's arithmetic (default: the run's, or fp32)")
+    parser.add_argument("--dtype", choices=DTYPES,
+                        help="of the network's arithmetic (default: the run's, or fp32)")
     parser.add_argument("--out", default="samples.png", help="the picture file (default samples.png)")
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     args = parser.parse_args(arguments)
@@ -394,7 +397,7 @@ def main(arguments=None):
     try:
         run = drawing_settings(args)
         steps, dtype, sampler = run["steps"], DTYPES[run["dtype"]], run["sampler"]
-        eta = step_etas(steps, run["eta"], run["window"], run["window_shift"])  # the window at its first place
+        eta = step_etas(steps, run["eta"], run["window"], run["window_shift"])  # the window's first place
         # a whole network is trained in float32, and computes in dtype by autocast
         weights = torch.float32 if args.lora and not run["lora_rank"] else dtype
         load = functools.partial(load_pipeline, run["model"], args.device, weights)

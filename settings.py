@@ -145,8 +145,8 @@ def check(config):
             refuse(config, setting, "must not be negative")
     if config.grad_clip <= 0:
         refuse(config, "grad_clip", "must be above 0")
-    check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"),
-                  optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"), sampler=tuple(ETAS))
+    check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"), sampler=tuple(ETAS),
+                  optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"))
     if not 0 <= config.ema < 1:
         refuse(config, "ema", "must be 0 (none) or below 1")
     window = re.fullmatch(r"(\d+):(\d+)", config.window or f"0:{config.steps}")
@@ -194,11 +194,12 @@ def check_window_shift(config):
     if not shift:
         refuse(config, "window_shift", "give steps/epochs, such as 2/5: on by 2 steps every 5 epochs")
     if not config.window:
-        refuse(config, "window_shift", f"needs a window to move, such as --window 0:{max(config.steps // 4, 1)}")
+        refuse(config, "window_shift", "needs a window to move, such as "
+               f"--window 0:{max(config.steps // 4, 1)}")
     end = int(config.window.split(":")[1])
     if end + int(shift[1]) > config.steps:
-        refuse(config, "window_shift", f"--window {config.window} cannot move so far within --steps {config.steps}; "
-               "choose a window that starts earlier, a shorter one, or a smaller move")
+        refuse(config, "window_shift", f"--window {config.window} cannot move so far within --steps "
+               f"{config.steps}; choose a window that starts earlier, a shorter one, or a smaller move")
 
 
 def check_choices(config, **choices):

@@ -202,8 +202,8 @@ def set_up(config, folder, resume, reference):
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler)
     for first, end in window_places(config.steps, config.window, config.window_shift):
         if not (table[first:end, 2] > 0).any():
-            raise ValueError(f"--steps {config.steps}: every step of {first}:{end} is deterministic with this "
-                             "scheduler; choose more steps, or another --window")
+            raise ValueError(f"--steps {config.steps}: every step of {first}:{end} is deterministic with "
+                             "this scheduler; choose more steps, or another --window")
     if config.offload:  # the text encoder works where it is, once a prompt; the VAE comes to the device for each batch
         pipeline.text_encoder.to("cpu"), pipeline.vae.to("cpu")
     if config.gradient_checkpointing:

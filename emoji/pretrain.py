@@ -12,7 +12,7 @@ Seven stages, each started again where it stopped (runs/pretrain/*.pt), with she
     judge    the image encoder of CLIP goes on alone; its text encoder stays as the UNet knows it
     decoder  the decoder of the VAE goes on alone; the latents stay as the UNet knows them
     export   all of it as a diffusers folder, in fp16 (the text encoder in fp32)
-    flow     the UNet once more, as a flow-matching model: taught by the first one, exported to models/emoji-flow
+    flow     a UNet for flow matching, taught by the first one; exported to models/emoji-flow
 """
 
 import argparse
@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import (AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import (AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler,
+                       StableDiffusionPipeline, UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -408,16 +408,17 @@ FLOW_SHIFT = 2.0  # as in SD3, where it is 3: puts more of the steps where a pic
 
 
 def flow_scheduler():
-    """StableDiffusionPipeline multiplies its first noise by init_noise_sigma, which this class has only if its file says so."""
+    """StableDiffusionPipeline multiplies its first noise by init_noise_sigma, which this class has only if
+    its file says so."""
     config = FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT).config
     return FlowMatchEulerDiscreteScheduler.from_config(dict(config) | {"init_noise_sigma": 1.0})
 
 
 def time_of_flow(alpha_bar, t):
-    """The timesteps (fractions too) at which the noise schedule alpha_bar has the signal-to-noise of flow time t.
+    """(timesteps, t): where the noise schedule alpha_bar has the signal-to-noise of flow time t, (B,) each.
 
-    x = (1 − t) x_0 + t ε and x = sqrt(ᾱ) x_0 + sqrt(1 − ᾱ) ε are one and the same but for a factor where
-    t / (1 − t) = sqrt((1 − ᾱ)/ᾱ). Times beyond the schedule's ends get its ends.
+    x = (1 − t) x_0 + t ε and x = sqrt(ᾱ) x_0 + sqrt(1 − ᾱ) ε are the same but for a factor, where
+    t / (1 − t) = sqrt((1 − ᾱ)/ᾱ). Timesteps are fractional. Times beyond the schedule's ends get its ends.
     """
     schedule = ((1 - alpha_bar) / alpha_bar).log().double() / 2  # rises with the timestep
     level = torch.logit(t.double()).clamp(schedule[0], schedule[-1])
@@ -446,8 +447,8 @@ def match_time_embedding(student, teacher, alpha_bar, steps=1500):
 def train_flow(config):
     """Stage "flow": a UNet that predicts the velocity ε − x_0 on the straight path x = (1 − t) x_0 + t ε.
 
-    It starts from the weights of the exported model, which then teaches it: that model's x̂_0 at the same signal-to-noise
-    gives a target without noise, (x − x̂_0) / t, with and without a caption, so that guidance works as well.
+    It starts from the weights of the exported model, which then teaches it: that model's x̂_0 at the same
+    signal-to-noise gives a target without noise, (x − x̂_0) / t. Some captions are empty, for guidance.
     """
     pipeline = load_pipeline(config.out)
     teacher, vae, alpha_bar = pipeline.unet, pipeline.vae, pipeline.scheduler.alphas_cumprod.to(device())
@@ -466,18 +467,19 @@ def train_flow(config):
     index = {caption: row for row, caption in enumerate(vocabulary)}
     rows_of = torch.tensor([index[caption] for caption in captions])
     with torch.no_grad():
-        embeds = torch.cat([pipeline.text_encoder(tokenize(pipeline.tokenizer, vocabulary[i:i + 512]).to(device()))
-                            .last_hidden_state for i in range(0, len(vocabulary), 512)])
+        ids = tokenize(pipeline.tokenizer, vocabulary).to(device())
+        embeds = torch.cat([pipeline.text_encoder(part).last_hidden_state for part in ids.split(512)])
 
     def loss_fn(model):
         rows = torch.randint(len(latents), (config.flow_batch,))
-        texts = torch.where(torch.rand(config.flow_batch) < 2 * config.caption_dropout, index[""], rows_of[rows])
-        # stratified, and shifted as the scheduler shifts its steps; below the first value the teacher knows nothing
-        t = ((torch.arange(config.flow_batch) + torch.rand(config.flow_batch)) / config.flow_batch).to(device())
+        empty = torch.rand(config.flow_batch) < 2 * config.caption_dropout
+        texts = torch.where(empty, index[""], rows_of[rows])
+        # stratified, and shifted as the scheduler shifts its steps; below 0.03 the teacher knows nothing
+        t = (torch.arange(config.flow_batch) + torch.rand(config.flow_batch)).to(device()) / config.flow_batch
         t = (FLOW_SHIFT * t / (1 + (FLOW_SHIFT - 1) * t)).clamp(0.03, 0.9999)
         clean = latents[rows]
         noise = torch.randn_like(clean)
-        timesteps, known = time_of_flow(alpha_bar, t)  # past the end of its schedule the teacher sees a little less noise
+        timesteps, known = time_of_flow(alpha_bar, t)  # the teacher never sees pure noise, but almost
         t, known = t[:, None, None, None], known[:, None, None, None]
         x, norm = (1 - t) * clean + t * noise, (known.square() + (1 - known).square()).sqrt()
         x_teacher = ((1 - known) * clean + known * noise) / norm
@@ -494,16 +496,18 @@ def train_flow(config):
         pipeline.unet, pipeline.scheduler = model, flow_scheduler()
         noise = torch.randn(len(nouns), 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(device())
         with autocast():
-            images = pipeline(nouns, num_inference_steps=10, guidance_scale=4.0, output_type="pt", latents=noise).images
-        save_sheet(images[:96] * 2 - 1, Path(config.work) / "flow.png")
-        right = clip_top1((images.float() * 255).round().byte(), nouns, nouns, model=str(Path(config.out) / "clip"))
+            images = pipeline(nouns, num_inference_steps=10, guidance_scale=4.0, latents=noise,
+                              output_type="pt").images
+        save_sheet(images[:96].float() * 2 - 1, Path(config.work) / "flow.png")
+        images = (images.float() * 255).round().byte()
+        right = clip_top1(images, nouns, nouns, model=str(Path(config.out) / "clip"))
         return f"zero-shot top-1 on generated nouns {right.float().mean():.3f}"
 
     return pipeline, train("flow", config, student, loss_fn, look)
 
 
 def export_flow(config, pipeline, unet):
-    """The same pipeline with the other UNet and the flow scheduler. What it shares with its teacher is copied as it is."""
+    """The same pipeline with the other UNet and the flow scheduler. The other parts are copied as they are."""
     for part in ("text_encoder", "tokenizer", "vae"):
         shutil.copytree(Path(config.out) / part, Path(config.flow_out) / part, dirs_exist_ok=True)
     unet.set_default_attn_processor()
