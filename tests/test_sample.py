@@ -249,7 +249,7 @@ def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(small, tmp_pa
     sample.main([*command, run, "--sampler", "dance", "--batch", "4"])
     assert asked == ([(2, 2, 5.0, [0.5, 0.5], torch.bfloat16, "cps")] * 4
                      + [(4, 3, 1.0, [0.0] * 3, torch.float32, "cps")] * 2
-                     + [(4, 3, 1.0, [pytest.approx(0.3)] * 3, torch.bfloat16, "dance")] * 2)
+                     + [(4, 3, 1.0, [0.0, pytest.approx(0.3), 0.0], torch.bfloat16, "dance")] * 2)
 
 
 @pytest.mark.parametrize("arguments, names", [
