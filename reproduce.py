@@ -14,7 +14,8 @@ two at a time on half of the cores each, which gets more done than one on all of
 
 results/<model>/ holds logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table
 (.md), its numbers (.json) and pictures. A table shows every seed that has logs. The tables of the
-shipped model are also put into results/README.md, between its markers.
+shipped model are also put into results/README.md, between its markers, and a summary of the
+first into README.md.
 
 With another --model there are `rewards` and `algorithms`, without `clip`: the shipped CLIP, which
 the other experiments use as a judge or as a watched metric, knows icons alone.
@@ -38,7 +39,7 @@ from tqdm import tqdm
 import experiments
 import reproduce_figures
 from evaluate import guard
-from reproduce_figures import settings_of
+from reproduce_figures import headline, settings_of
 from run_folder import read_metrics
 from sample import is_emoji
 
@@ -65,8 +66,11 @@ def finished(folder, script="ddpo.py"):
     if not (folder / "config.json").exists():
         return False
     rows = read_metrics(folder / "metrics.jsonl")
+    if not rows:
+        return False
     config = settings_of(folder, import_module(Path(script).stem).Config)
-    if not rows or not (rows[-1]["epoch"] == config.epochs or guard(rows, config)[1]):
+    stopped = hasattr(config, "guard") and guard(rows, config)[1]  # control.py has no guard
+    if rows[-1]["epoch"] < config.epochs and not stopped:
         return False
     return (folder / "checkpoint" / f"epoch_{rows[-1]['epoch']:06d}.pt").exists()
 
@@ -220,6 +224,8 @@ def main(arguments=None):
         print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
         if shipped:
             insert_table(Path("results/README.md"), name, lines)
+        if shipped and name == "rewards":
+            insert_table(Path("README.md"), "headline", headline(numbers))
 
 
 if __name__ == "__main__":

@@ -165,6 +165,23 @@ def draw_rewards(runs, results, out):
     return table(["run", "epochs", "kB", "change", "CLIP cosine", "top-1"], rows), numbers
 
 
+def headline(numbers):
+    """README.md's table, from the numbers of draw_rewards: means over seeds ± half the width of
+    the 95 % interval."""
+    rows = []
+    for reward in dict.fromkeys(name.split("-")[0] for name in numbers):
+        runs = [run for name, run in numbers.items() if name.startswith(f"{reward}-")]
+        first = runs[0]["first"]
+        before = abs(first["eval_reward"])
+        after, half = interval(abs(run["kept"]["eval_reward"]) for run in runs)
+        top1, top1_half = interval(run["kept"]["eval_clip_top1"] for run in runs)
+        unit = "CLIP cosine" if reward == "clip" else "kB"
+        rows.append([f"`{reward}` ({unit})", f"{before:.2f}", f"{after:.2f} ± {half:.2f}",
+                     f"{after / before - 1:+.0%}",
+                     f"{first['eval_clip_top1']:.2f} → {top1:.2f} ± {top1_half:.2f}"])
+    return table(["reward", "before", "after", "change", "top-1"], rows)
+
+
 def draw_reward_curves(runs, path):
     figure, (size, recognised, cosine) = plots(3)
     for name, log in runs.items():

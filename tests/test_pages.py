@@ -1,0 +1,100 @@
+"""The pages are true: their links lead somewhere, their excerpts and names are in the source, their
+tables are those that the commands write, and every metric is defined."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from test_tutorials import ROOT, TUTORIALS, check_links, excerpts
+
+FOLDERS = ("results", "benchmarks", "models/emoji", "emoji/data")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+         *(ROOT / folder / "README.md" for folder in FOLDERS)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_page_links_to_what_is_there_and_quotes_what_stands_there(path):
+    check_links(path)
+    excerpts(path)
+
+
+def test_the_readme_is_short_and_shows_the_loop():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 210
+    excerpt = text.partition("```py\n# from ddpo.py\n")[2].partition("```")[0]  # excerpts() compares it
+    assert 20 <= len(excerpt.splitlines()) <= 30 and "policy_loss" in excerpt
+
+
+def test_the_readme_lists_every_tutorial_in_its_order():
+    listed = re.findall(r"^(\d+)\. \[.*?\]\(tutorials/(.*?)\)", (ROOT / "README.md").read_text(), re.M)
+    assert [file for _, file in listed] == [path.name for path in TUTORIALS]
+    assert all(file.startswith(f"{number}_") for number, file in listed)
+
+
+def test_the_details_name_functions_that_exist():
+    named = re.findall(r"`([\w/]+\.py):(\w+)`", (ROOT / "docs/implementation_details.md").read_text())
+    assert len(named) > 30
+    for file, name in named:
+        source = (ROOT / file).read_text()
+        assert re.search(rf"^\s*(def|class) {name}\b", source, re.M), f"{file}: {name}"
+
+
+def undefined(keys):
+    """Those of the keys that no row of docs/metrics.md defines."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
+    defined = [key for row in rows for key in re.findall(r"`([^`]+)`", row)]
+    patterns = [re.sub("NAME|SET", r"\\w+", key.replace("…", r"\w+")) for key in defined]
+    return [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)]
+
+
+def test_every_metric_of_the_committed_logs_is_defined():
+    logs = (ROOT / "results").glob("*/logs/*/metrics.jsonl")
+    keys = {key for log in logs for line in log.read_text().splitlines() for key in json.loads(line)}
+    assert len(keys) > 20 and not undefined(keys)
+
+
+def test_every_metric_that_a_loop_writes_is_defined():
+    written = set()
+    for file in ROOT.glob("*.py"):
+        for row in re.findall(r"row (?:\|?=|\|=) \{(.*?)\}", file.read_text(), re.S):
+            written |= set(re.findall(r'"(\w+)":', row))
+    assert {"ratio_error", "seconds", "weight_max"} <= written and not undefined(written)
+    assert undefined({"no_such_metric", "loss"}) == ["no_such_metric"]
+
+
+def between(text, name):
+    return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.S)[1]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "results/emoji").glob("*.md")))
+def test_the_results_show_the_committed_tables(name):
+    table = (ROOT / f"results/emoji/{name}.md").read_text()
+    assert between((ROOT / "results/README.md").read_text(), name) == table
+
+
+def test_the_headline_is_that_of_the_committed_numbers():
+    import reproduce
+
+    numbers = json.loads((ROOT / "results/emoji/rewards.json").read_text())
+    shown = between((ROOT / "README.md").read_text(), "headline")
+    assert shown.splitlines() == reproduce.headline(numbers)
+
+
+@pytest.mark.parametrize("name", ["epoch", "peer_trl"])
+def test_the_benchmarks_show_the_recorded_tables(name):
+    command = [sys.executable, f"benchmarks/{name}.py", "--table"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert between((ROOT / "benchmarks/README.md").read_text(), name).strip() == printed.strip()
+
+
+def test_the_readmes_speed_is_that_of_the_record():
+    records = json.loads((ROOT / "benchmarks/peer_trl.json").read_text())
+    shown = re.findall(r"\d\.\d\dx \(\d\.\d\d to \d\.\d\d\)", (ROOT / "README.md").read_text())
+    recorded = set()
+    for record in records.values():
+        for value in record["summary"]["ours_over_trl"].values():
+            recorded.add("{median:.2f}x ({min:.2f} to {max:.2f})".format(**value))
+    assert len(shown) == 6 and set(shown) <= recorded
