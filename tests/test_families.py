@@ -50,7 +50,7 @@ def plain_latents(pipeline, noise):
     return latents, pipeline(PROMPTS, output_type="pt", **settings).images
 
 
-@pytest.mark.parametrize("resolution", [16, 12])
+@pytest.mark.parametrize("resolution", [16, 24])
 @pytest.mark.parametrize("family", BUILD)
 def test_without_noise_it_draws_what_the_plain_pipeline_draws(folders, family, resolution):
     ours = load_pipeline(folders[family], "cpu", resolution=resolution)

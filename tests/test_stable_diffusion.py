@@ -170,7 +170,7 @@ def code(component, entry):
     (lambda folder: (folder / "vae/diffusion_pytorch_model.safetensors").unlink(), "no weights in its folder vae/"),
     (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer/ is missing"),
     (edited("unet/config.json", sample_size=None), "sample_size null; give --resolution"),
-    (edited("unet/config.json", encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "asks for more"),
+    (edited("unet/config.json", encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "weights of its unet"),
     (edited("vae/config.json", latent_channels=9), "cannot be loaded"),
     (edited("text_encoder/config.json", hidden_size=64), "cannot be loaded"),
     (edited("model_index.json", _class_name="StableDiffusionInpaintPipeline"), "StableDiffusion3Pipeline"),
