@@ -10,9 +10,7 @@ makes; an epoch's latents and embeddings; decoding; the rewards' networks. Not c
 stands for it), and holes between allocations.
 """
 
-import contextlib
 import sys
-from types import SimpleNamespace
 
 import models  # first: it quiets the libraries
 
@@ -56,11 +54,16 @@ def storages(*tensors):
 
 
 def as_fake(network):
-    """Its parameters and buffers as tensors that have a size and a place, the CPU, where autocast works, but no numbers."""
+    """Its parameters and buffers as tensors that have a size and a place, but no numbers. The place is the CPU, since torch
+    knows no GPU where there is none; norms compute in float32, as autocast has them do on a GPU alone."""
     for module in network.modules():
+        norm = isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm))
+        if norm:
+            module.register_forward_pre_hook(lambda _, args: tuple(x.float() for x in args))
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                fake = torch.empty(p.shape, dtype=torch.float32 if norm else p.dtype)
+                module._parameters[name] = torch.nn.Parameter(fake, p.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
