@@ -29,10 +29,11 @@ import settings
 from ddpo import is_loss, kl_loss, mixed_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from sample import encode_prompts, noised, predict
-from settings import Settings, check_choices, refuse
+from models import denoiser
+from sample import noised, predict
+from settings import Settings, above_zero, at_least, check_choices, refuse
 from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce,
-                      reference_output, reward_row, seeded, shard, start, time_row, using)
+                      reference_output, reward_row, seeded, shard, start, time_row, training_inputs, using)
 
 
 @dataclass
@@ -99,12 +100,8 @@ def old_decay(updates, flat, rise, ceiling):
 def check(config):
     """Fills in the settings that follow from others. Raises ValueError, one line, if they cannot work."""
     check_choices(config, loss=("nft", "awm"), weighting=("none", "adaptive"), advantages=("group", "zero"))
-    for setting in ("beta", "clip_range", "advantage_clip"):
-        if not getattr(config, setting) > 0:
-            refuse(config, setting, "must be above 0")
-    for setting in ("kl", "old_flat", "old_rise", "old_ceiling"):
-        if not getattr(config, setting) >= 0:
-            refuse(config, setting, "must not be negative")
+    above_zero(config, "beta", "clip_range", "advantage_clip")
+    at_least(config, 0, "kl", "old_flat", "old_rise", "old_ceiling")
     if not config.old_ceiling < 1:
         refuse(config, "old_ceiling", "must be below 1, where v_old would stand still")
     if config.group_size < 2:
@@ -132,9 +129,9 @@ def train(config, resume=False):
 def fit(run):
     """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
     config, device, pipeline, parameters = run.config, run.device, run.pipeline, run.parameters
+    network = denoiser(pipeline)
     pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
     updates = config.updates * config.inner_epochs  # of an epoch
-    guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
     old = [value.detach().to(device, copy=True) for value in (run.saved["old"] if run.saved else parameters)]
 
     over = begin(run, describe(run, updates, pairs, "(picture, t, ε)", teachers=1 + (config.kl > 0)))
@@ -152,7 +149,6 @@ def fit(run):
         r = optimality(advantages, config.advantage_clip)
 
         # 4. update
-        negative_embeds = encode_prompts(pipeline, [""], run.cache) if guidance_scale else None
         totals, grad_norms = torch.zeros(3, device=device), []
         steps = torch.rand(config.images, config.steps, generator=seeded(config.seed, epoch, 2)).argsort(1)
         updating = progress_bar(run, "updating", updates * len(shard(run, pairs)))
@@ -164,11 +160,11 @@ def fit(run):
                 index = order.split(pairs)[part][mine]  # which pictures
                 t = run.timesteps[steps[index, inner % config.steps].to(device)]  # of the sampler
                 x, target, slope = noised(pipeline.scheduler, clean[index], noise[mine].to(device), t)
-                embeds = encode_prompts(pipeline, [prompts[i] for i in index], run.cache)
-                inputs = x, t, embeds, negative_embeds
+                *embeds, guidance_scale = training_inputs(run, [prompts[i] for i in index])
+                inputs = x, t, *embeds
                 with using(parameters, old):  # without gradients
-                    v_old = guided(predict(pipeline.unet, *inputs, run.dtype), guidance_scale)
-                output = predict(pipeline.unet, *inputs, run.dtype)
+                    v_old = guided(predict(network, *inputs, run.dtype), guidance_scale)
+                output = predict(network, *inputs, run.dtype)
                 v, slope = guided(output, guidance_scale), slope if config.weighting == "adaptive" else None
                 common = v, v_old, target, r[index].to(device), config.beta, slope
                 loss = nft_loss(*common) if config.loss == "nft" else awm_loss(*common, config.clip_range)
