@@ -17,7 +17,8 @@ MAY_IMPORT = {  # of our own modules, for those that stand below the others
     "kernels": {"kernels"},
     "prompts": set(),
     "judges": set(),
-    "rewards": {"judges", "prompts"},
+    "reward_files": set(),
+    "rewards": {"judges", "prompts", "reward_files"},
 }
 
 
