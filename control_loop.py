@@ -255,12 +255,12 @@ def draw_progress(config, rows, shown, path):
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained",
                                 width_ratios=(3, 4, 4))
     trained = [row for row in rows if "return_mean" in row]
-    axes[0].plot([row["env_steps"] for row in trained], [row["return_mean"] for row in trained],
-                 alpha=0.5, label="played")
+    axes[0].plot([row["env_steps"] / 1000 for row in trained],
+                 [row["return_mean"] for row in trained], alpha=0.5, label="played")
     evaluated = [row for row in rows if "eval_return" in row]
-    axes[0].plot([row["env_steps"] for row in evaluated], [row["eval_return"] for row in evaluated],
-                 "o-", ms=3, label="fixed seeds")
-    axes[0].set(title=f"return, {config.policy}", xlabel="steps in the task")
+    axes[0].plot([row["env_steps"] / 1000 for row in evaluated],
+                 [row["eval_return"] for row in evaluated], "o-", ms=3, label="fixed seeds")
+    axes[0].set(title=f"return, {config.policy}", xlabel="steps in the task, thousands")
     axes[0].legend(fontsize=8)
     axes[0].grid(alpha=0.3)
     for axis, epoch in zip(axes[1:], (min(shown), max(shown))):
@@ -273,7 +273,7 @@ def draw_progress(config, rows, shown, path):
             x, y = 2.4 * (i % 9), -2.4 * (i // 9)
             axis.plot([x, x - sin], [y, y + cos], "k-", lw=2)
             axis.plot(x - sin, y + cos, "o", ms=4, color="C2" if cos > 0.9 else "C3")
-        axis.set(aspect="equal", xticks=[], yticks=[], xlabel="every 8th step, row by row")
+        axis.set(aspect="equal", xticks=[], yticks=[], ylim=(-6.2, 1.4), xlabel="every 8th step, row by row")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
