@@ -33,7 +33,8 @@ def commands(seeds):
 def change(logs, metric, digits):
     """("before → after ± half of the 95 % interval over seeds", the numbers behind it)."""
     before, after = (interval(log[i][metric] for log in logs) for i in (0, -1))
-    text = " → ".join(f"{mean:.{digits}f} ± {half:.{digits}f}" for mean, half in (before, after))
+    text = " → ".join(f"{mean:.{digits}f}" + f" ± {half:.{digits}f}" * (len(logs) > 1)
+                      for mean, half in (before, after))
     return text, {"before": before, "after": after, "seeds": len(logs)}
 
 
@@ -50,7 +51,7 @@ def draw(runs, results, out):
         for metric in [f"{view}_success" for view in VIEWS] + ["trained_length", "trained_routes"]:
             cell, numbers[f"{name} {metric}"] = change(logs, metric, 2)
             cells.append(cell)
-        rows.append([f"plans: {LABELS[name]}", *cells, ""])
+        rows.append([f"plans: {LABELS[name]}, seeds: {len(logs)}", *cells, ""])
         for axis, metric in zip(axes, ("goals_success", "trained_routes")):
             curves = [[(row["plans"], row[metric]) for row in log] for log in logs]
             band(axis, curves, LABELS[name])
@@ -60,7 +61,7 @@ def draw(runs, results, out):
         if not logs:
             continue
         cell, numbers[f"{policy} return"] = change(logs, "eval_return", 0)
-        rows.append([f"Pendulum-v1: {LABELS[policy]}", "", "", "", "", "", cell])
+        rows.append([f"Pendulum-v1: {LABELS[policy]}, seeds: {len(logs)}", "", "", "", "", "", cell])
         curves = [[(row["env_steps"] / 1000, row["eval_return"]) for row in log] for log in logs]
         band(axes[2], curves, LABELS[policy])
     titles = {"success, unseen goals": "plans sampled", "routes taken, of 4": "plans sampled",
