@@ -19,14 +19,14 @@ derives and computes them once; `ddim_step` needs nothing else, and neither do t
 """
 
 import copy
-import itertools
+import functools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import (DTYPES, autocast, decode, default_device, encode_prompts, first_line, is_emoji, latents_shape,
-                    load_pipeline, load_tuned, predict)  # first: it quiets the libraries
+from models import (DTYPES, autocast, condition, decode, default_device, denoiser, encode_prompts, first_line, is_emoji,
+                    latents_shape, load_pipeline, load_tuned, predict, schedule_inputs)  # first: it quiets the libraries
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -103,9 +103,24 @@ def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
     return timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
-def step_etas(steps, eta=1.0, window=""):
-    """(T,) the eta of each step: within the window "first:end" of steps that are actions eta, 0 outside it; without one, eta."""
+def window_places(steps, window="", shift=""):
+    """[(first, end)] of the steps that are actions: one after the other, where the window moves.
+
+    window: "first:end", of its first place. shift: "2/5" moves it on by 2 steps every 5 epochs, as in MixGRPO (arXiv
+    2507.21802); where it would pass the last step, it starts again from its first place."""
     first, end = map(int, window.split(":")) if window else (0, steps)
+    if not shift:
+        return [(first, end)]
+    places = range(first, steps - (end - first) + 1, int(shift.split("/")[0]))
+    return [(place, place + end - first) for place in places]
+
+
+def step_etas(steps, eta=1.0, window="", shift="", epoch=1):
+    """(T,) the eta of each step: within the window "first:end" of steps that are actions eta, 0 outside it; without one, eta.
+
+    shift: the window moves, see window_places. epoch: the first one is 1."""
+    places = window_places(steps, window, shift)
+    first, end = places[(epoch - 1) // int(shift.split("/")[1]) % len(places)] if shift else places[0]
     step = torch.arange(steps)
     return torch.where((step >= first) & (step < end), eta, 0.0)
 
@@ -183,6 +198,18 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
     return timesteps, table
 
 
+def step_weights(table, policy_steps, kind):
+    """(T,) factors of the steps' losses, of mean 1 over the trained ones.
+
+    ∂ log p / ∂ output is z c_o / σ. Under Stable Diffusion's schedule |c_o / σ| is nearly even (0.6 to
+    1.1 at T = 20), but 5.4 in the last but one: that step, which decides details at most, has the
+    largest gradient. "equal" divides by the factor."""
+    weights = torch.ones_like(table[:, 0])
+    if kind == "equal":
+        weights[policy_steps] = (table[:, 2] / table[:, 1].abs())[policy_steps]
+    return weights / weights[policy_steps].mean()
+
+
 def ddim_step(output, latents, coefficients, next_latents=None, generator=None, guidance_scale=None, noise=None):
     """One stochastic DDIM step (Eq. 12), and the log-density of the step taken: (next_latents, log_prob (B,)).
 
@@ -215,11 +242,11 @@ def signal_and_noise(scheduler, timesteps):
 def noised(scheduler, clean, noise, timesteps):
     """(x_t, the network's target, |∂x̂_0 / ∂output| (B,)). clean: x_0, (B, C, H, W); timesteps: (B,)."""
     signal, sigma = signal_and_noise(scheduler, timesteps)
-    kind = getattr(scheduler.config, "prediction_type", "flow")  # flow schedulers have but one
+    kind = scheduler.config.get("prediction_type", "flow")  # flow-matching schedulers know no other
     target, slope = {"epsilon": (noise, sigma / signal),
-                     "v_prediction": (signal * noise - sigma * clean, sigma),
+                     "v": (signal * noise - sigma * clean, sigma),
                      "sample": (clean, torch.ones_like(sigma)),
-                     "flow": (noise - clean, sigma / (signal + sigma))}[kind]
+                     "flow": (noise - clean, sigma / (signal + sigma))}[kind.removesuffix("_prediction")]
     return signal * clean + sigma * noise, target, slope.flatten()
 
 
@@ -229,24 +256,22 @@ def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta
     """Sample one picture a prompt and keep the whole trajectory. guidance_scale <= 1 means no guidance (and half the work).
 
     generator: a torch.Generator, or one for each prompt (then a picture does not depend on its batch).
-    eta, sampler: see ddim_table. dtype: what the UNet computes in, by autocast (default: that of its weights); the
+    eta, sampler: see ddim_table. dtype: what the network computes in, by autocast (default: that of its weights); the
     trajectory itself is float32. on_step: called after each step, for a progress bar. cache: see encode_prompts.
     step: what takes a step (default: `guided_step`; or a `GraphedStep`, which launches faster).
     """
-    unet, device = pipeline.unet, pipeline.unet.device
-    timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta, sampler)
+    network = denoiser(pipeline)
+    device = network.device
+    timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta, sampler, **schedule_inputs(pipeline, num_steps))
     table = table.to(device)  # all that a step needs of the scheduler: no gather on the CPU, no wait for the GPU
-    guided = guidance_scale is not None and guidance_scale > 1
-    prompt_embeds = encode_prompts(pipeline, prompts, cache)
-    negative_embeds = encode_prompts(pipeline, [""], cache) if guided else None
-
+    prompt_embeds, negative_embeds, guidance_scale = condition(pipeline, prompts, guidance_scale, cache)
     shape = (len(prompts), *latents_shape(pipeline))
     latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     trajectory, log_probs = [latents], []
     for t, coefficients in zip(timesteps.to(device), table):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents, log_prob = (step or guided_step)(unet, latents, t.expand(len(prompts)), coefficients, noise, prompt_embeds, negative_embeds,
-                                                  guidance_scale if guided else None, dtype or unet.dtype)
+        latents, log_prob = (step or guided_step)(network, latents, t.expand(len(prompts)), coefficients, noise,
+                                                  prompt_embeds, negative_embeds, guidance_scale, dtype or network.dtype)
         trajectory.append(latents)
         log_probs.append(log_prob)
         if on_step:
@@ -254,14 +279,14 @@ def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta
     return Trajectories(torch.stack(trajectory, 1), torch.stack(log_probs, 1), timesteps, decode(pipeline, latents), list(prompts))
 
 
-def guided_step(unet, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
+def guided_step(network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
     """Predict, guide, step, score: (next_latents, log_prob (B,)). Nothing in it waits for the GPU."""
-    output = predict(unet, latents, timesteps, prompt_embeds, negative_embeds, dtype)
+    output = predict(network, latents, timesteps, prompt_embeds, negative_embeds, dtype)
     return ddim_step(output, latents, coefficients, guidance_scale=guidance_scale, noise=noise)
 
 
 class GraphedStep:
-    """guided_step as one CUDA graph: a launch for the whole UNet and the step instead of one for each of its operations.
+    """guided_step as one CUDA graph: a launch for the whole network and the step instead of one for each of its operations.
 
     A graph replays on fixed addresses: inputs are copied into those that it was captured with, weights are read where they
     are (so they may be trained in between, but not replaced), and a batch of another size has a graph of its own.
@@ -270,82 +295,134 @@ class GraphedStep:
     def __init__(self):
         self.graphs = {}
 
-    def __call__(self, unet, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
+    def __call__(self, network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale,
+                 dtype):
         inputs = [latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds]
-        key = (latents.shape, prompt_embeds.shape, guidance_scale, dtype)
+        tensors = [value for entry in inputs for value in (entry.values() if isinstance(entry, dict) else [entry])]
+        key = (*(value if value is None else value.shape for value in tensors), guidance_scale, dtype)
         if key not in self.graphs:
-            fixed = [value if value is None else value.clone() for value in inputs]
+            fixed = copy.deepcopy(inputs)
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries choose and compile their kernels in the first calls
                 for _ in range(3):
-                    guided_step(unet, *fixed, guidance_scale, dtype)
+                    guided_step(network, *fixed, guidance_scale, dtype)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                outputs = guided_step(unet, *fixed, guidance_scale, dtype)
-            self.graphs[key] = graph, fixed, outputs
-        graph, fixed, outputs = self.graphs[key]
-        for place, value in zip(fixed, inputs):
+                outputs = guided_step(network, *fixed, guidance_scale, dtype)
+            places = [value for entry in fixed for value in (entry.values() if isinstance(entry, dict) else [entry])]
+            self.graphs[key] = graph, places, outputs
+        graph, places, outputs = self.graphs[key]
+        for place, value in zip(places, tensors):
             if value is not None:
                 place.copy_(value)
         graph.replay()
         return tuple(value.clone() for value in outputs)
 
 
+@torch.no_grad()
+def set_strength(pipeline, scale, base=None, tuned=None):
+    """How much of what was trained counts, from 0, the base model, to 1, as trained.
+
+    base, tuned: the parameters of a whole network that was trained, blended in place; without them an adapter's weight is
+    set."""
+    if base is None:
+        pipeline.set_adapters(["tuned"], [scale])
+    else:
+        for parameter, start, end in zip(denoiser(pipeline).parameters(), base, tuned, strict=True):
+            parameter.copy_(torch.lerp(start, end, scale))
+
+
+def run_settings(args):
+    """What is drawn how: the flags, then the settings of the run that --lora names, then defaults. Raises ValueError."""
+    if args.images < 1 or args.batch is not None and args.batch < 1:
+        setting = "images" if args.images < 1 else "batch"
+        raise ValueError(f"--{setting} {getattr(args, setting)}: must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2**63")
+    if not Path(args.out).parent.is_dir() or Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
+    folder = Path(args.lora or "")
+    file = (folder.parent if folder.name == "last" else folder) / "config.json"
+    run = json.loads(file.read_text()) if args.lora and file.exists() else {}
+    model = args.model or run.get("model", "models/emoji")
+    run = {"model": model, "steps": 10 if is_emoji(model) else 50, "guidance_scale": 4.0, "dtype": "fp32", "sampler": "ddim",
+           "sample_batch": 8, "window": "", "window_shift": "", "lora_rank": 0} | run
+    run.setdefault("eta", ETAS.get(args.sampler or run["sampler"], 1.0))
+    flags = {"model": args.model, "steps": args.steps, "guidance_scale": args.guidance_scale, "dtype": args.dtype,
+             "sampler": args.sampler, "eta": args.eta, "sample_batch": args.batch}
+    given = {key: value for key, value in flags.items() if value is not None}
+    if "sampler" in given and given["sampler"] != run["sampler"]:
+        given.setdefault("eta", ETAS.get(given["sampler"], 1.0))
+    if "eta" in given or given.get("steps", run["steps"]) != run["steps"]:
+        run["window"] = run["window_shift"] = ""  # which is one of the run's own steps
+    return run | given
+
+
 def main(arguments=None):
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", action="append", help='may be repeated (default: "a cat", "a fox", "a butterfly", "a panda")')
-    parser.add_argument("--lora", help="a run's folder: the base model's pictures and, below, the tuned one's, as the run drew them")
-    parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: the run's, or models/emoji)")
+    parser.add_argument("--prompt", action="append",
+                        help='may be repeated (default: "a cat", "a fox", "a butterfly", "a panda")')
+    parser.add_argument("--lora", metavar="RUN", help="a run's folder: the base model's pictures and, below, the tuned "
+                        "one's, as the run drew them in its evaluations")
+    parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: the run's, or "
+                        "models/emoji)")
     parser.add_argument("--lora-scale", type=float, nargs="+", default=[1.0],
                         help="strengths of what was trained, 0 to 1; several: one below the other")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
+    parser.add_argument("--batch", type=int, help="pictures drawn at once (default: the run's, or 8)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the emoji model, 50 otherwise)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the shipped models, 50 "
+                        "otherwise)")
     parser.add_argument("--guidance-scale", type=float, help="1 for none (default: the run's, or 4)")
-    parser.add_argument("--eta", type=float, help="0: deterministic, 1: as noisy as DDPM (default: the run's, or 1)")
+    parser.add_argument("--sampler", choices=ETAS, help="see ddim_table (default: the run's, or ddim)")
+    parser.add_argument("--eta", type=float, help="its noise; 0: deterministic (default: the run's, or "
+                        + ", ".join(f"{name} {eta:g}" for name, eta in ETAS.items()) + ")")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the network's arithmetic (default: the run's, or fp32)")
     parser.add_argument("--out", default="samples.png")
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     args = parser.parse_args(arguments)
     prompts = args.prompt or ["a cat", "a fox", "a butterfly", "a panda"]
+    base = tuned = None
     try:
-        if args.images < 1:
-            raise ValueError(f"--images {args.images}: must be at least 1")
-        if not 0 <= args.seed < 2**63:
-            raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2**63")
-        if not Path(args.out).parent.is_dir() or Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-            raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
-        folder = Path(args.lora or "")
-        settings = (folder.parent if folder.name == "last" else folder) / "config.json"  # of the run
-        run = json.loads(settings.read_text()) if args.lora and settings.exists() else {}
-        model = args.model or run.get("model", "models/emoji")
-        steps = args.steps if args.steps is not None else run.get("steps", 10 if is_emoji(model) else 50)
-        guidance_scale = args.guidance_scale if args.guidance_scale is not None else run.get("guidance_scale", 4.0)
-        eta = args.eta if args.eta is not None else run.get("eta", 1.0)
-        if args.eta is None and run.get("window") and steps == run["steps"]:
-            eta = step_etas(steps, eta, run["window"])
-        models = {"base": load_pipeline(model, args.device, DTYPES[args.dtype])}
-        for scale in args.lora_scale if args.lora else []:
-            label = "tuned" if len(args.lora_scale) == 1 else f"strength {scale:g}"
-            models[label] = load_pipeline(model, args.device, DTYPES[args.dtype], args.lora, scale)
-        ddim_table(models["base"].scheduler, steps, eta)
+        run = run_settings(args)
+        steps, dtype, sampler = run["steps"], DTYPES[run["dtype"]], run["sampler"]
+        eta = step_etas(steps, run["eta"], run["window"], run["window_shift"])  # the window at its first place
+        # a whole network is trained in float32, and computes in dtype by autocast
+        weights_dtype = torch.float32 if args.lora and not run["lora_rank"] else dtype
+        load = functools.partial(load_pipeline, run["model"], args.device, weights_dtype)
+        pipeline = load(lora=args.lora)
+        ddim_table(pipeline.scheduler, steps, eta, sampler, **schedule_inputs(pipeline, steps))
+        if args.lora and not getattr(denoiser(pipeline), "peft_config", None):
+            base = [*denoiser(load()).parameters()]
+            tuned = [p.clone() for p in denoiser(pipeline).parameters()]
     except ValueError as error:
         parser.exit(2, f"{error}\n")
 
     from tqdm import tqdm
 
-    rows = {}
-    with tqdm(total=len(prompts) * len(models) * steps, desc="sampling") as bar:
-        for prompt, (name, pipeline) in itertools.product(prompts, models.items()):
-            generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.images)]  # the same noise down a column
-            rows[f"{name}: {prompt}" if args.lora else prompt] = sample_trajectories(
-                pipeline, [prompt] * args.images, steps, guidance_scale, eta, generators, on_step=bar.update).images
-    picture_grid([*rows.values()], [*rows], [f"seed {args.seed + i}" for i in range(args.images)]).save(args.out)
+    labels = {None: ""}
+    if args.lora:
+        labels = {0.0: "base: "} | {scale: f"strength {scale:g}: " for scale in args.lora_scale}
+        if len(args.lora_scale) == 1:
+            labels[args.lora_scale[0]] = "tuned: "
+    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # the same noise down a column
+    batches = [jobs[i:i + run["sample_batch"]] for i in range(0, len(jobs), run["sample_batch"])]
+    drawn, cache = {}, {}
+    with tqdm(total=len(batches) * len(labels) * steps, desc="sampling") as bar:
+        for scale, label in labels.items():
+            if scale is not None:
+                set_strength(pipeline, scale, base, tuned)
+            pictures = [sample_trajectories(pipeline, [prompt for prompt, _ in batch], steps, run["guidance_scale"], eta,
+                                            [torch.Generator().manual_seed(seed) for _, seed in batch], dtype, bar.update,
+                                            cache, sampler=sampler).images for batch in batches]
+            drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
+    names = [label + prompt for prompt in prompts for label in labels.values()]
+    picture_grid([drawn[name] for name in names], names, [f"seed {args.seed + i}" for i in range(args.images)]).save(args.out)
     print(f"{args.out}: {len(prompts)} prompts, seeds {args.seed} to {args.seed + args.images - 1}")
 
 

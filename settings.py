@@ -18,7 +18,7 @@ import torch
 import kernels
 from rewards import parse_reward
 from run_folder import read_config
-from sample import DTYPES, default_device, is_emoji
+from sample import DTYPES, ETAS, MAX_ETAS, default_device, is_emoji
 
 
 @dataclass
@@ -41,8 +41,12 @@ class Settings:
     sample_batch: int = 32  # pictures denoised at once, on each process
     steps: int = 10  # T, denoising steps of a picture
     guidance_scale: float = 4.0  # of classifier-free guidance; 1 for none
-    eta: float = 1.0  # the sampler's noise; above 0, because a deterministic sampler is no policy
+    sampler: str = "ddim"  # ddim, cps, flow, dance: how a step adds its noise, see sample.ddim_table
+    eta: float = -1.0  # how much noise, in the sampler's own meaning; 0 is deterministic, which
+        # ddpo.py cannot train (default: ddim 1, cps 0.7, flow 0.7, dance 0.3)
     window: str = ""  # "5:15": only these steps have noise and are trained ("" for all)
+    window_shift: str = ""  # "2/5": the window moves on by 2 steps every 5 epochs, from the last place back
+        # to the first ("" for a fixed one)
     group_size: int = 4  # pictures of each prompt in an epoch
 
     # updates
@@ -130,27 +134,27 @@ def check(config):
     for name, weight in parse_reward(config.reward).items():
         if abs(weight) > 1e6:
             refuse(config, "reward", f"the weight of {name} must be at most 1e6")
-    for setting in ("epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs", "train_batch",
-                    "patience", "eval_every", "eval_images", "checkpoint_every"):
-        if getattr(config, setting) < 1:
-            refuse(config, setting, "must be at least 1")
+    at_least(config, 1, "epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs",
+             "train_batch", "patience", "eval_every", "eval_images", "checkpoint_every")
+    at_least(config, 0, "updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard",
+             "guidance_scale")
+    above_zero(config, "grad_clip")
     if config.seed >= 2**63:
         refuse(config, "seed", "must be below 2**63")
-    for setting in ("updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard", "guidance_scale"):
-        if getattr(config, setting) < 0:
-            refuse(config, setting, "must not be negative")
-    if config.grad_clip <= 0:
-        refuse(config, "grad_clip", "must be above 0")
     check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"),
-                  optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"))
+                  optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"), sampler=tuple(ETAS))
     if not 0 <= config.ema < 1:
         refuse(config, "ema", "must be 0 (none) or below 1")
     window = re.fullmatch(r"(\d+):(\d+)", config.window or f"0:{config.steps}")
     if not window or not int(window[1]) < int(window[2]) <= config.steps:
         refuse(config, "window", "give the first step and the one after the last, such as "
                f"0:{config.steps // 2}, of --steps {config.steps}")
-    if not 0 < config.eta <= 1:
-        refuse(config, "eta", "must be above 0, since a deterministic sampler is no policy, and at most 1")
+    check_window_shift(config)
+    if config.eta == -1:
+        config.eta = ETAS[config.sampler]
+    if not 0 <= config.eta <= MAX_ETAS[config.sampler]:
+        refuse(config, "eta", f"must be at least 0 and at most {MAX_ETAS[config.sampler]:g} with "
+               f"--sampler {config.sampler}")
     check_machine(config)
 
     config.updates = config.updates or 1
@@ -176,6 +180,35 @@ def check(config):
         if parse_reward(name) != {name: 1.0}:
             refuse(config, "watch", f"a watched metric has no weight; write {name.rpartition(':')[0]}")
     return config
+
+
+def at_least(config, bound, *settings):
+    for setting in settings:
+        if not getattr(config, setting) >= bound:
+            refuse(config, setting, f"must be at least {bound}" if bound else "must not be negative")
+
+
+def above_zero(config, *settings, at_most=math.inf):
+    for setting in settings:
+        if not 0 < getattr(config, setting) <= at_most:
+            bound = "" if at_most == math.inf else f" and at most {at_most}"
+            refuse(config, setting, f"must be above 0{bound}")
+
+
+def check_window_shift(config):
+    """Whether the window can move as --window-shift says."""
+    if not config.window_shift:
+        return
+    shift = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", config.window_shift)
+    if not shift:
+        refuse(config, "window_shift", "give steps/epochs, such as 2/5: on by 2 steps every 5 epochs")
+    if not config.window:
+        refuse(config, "window_shift", "needs a window to move, such as --window "
+               f"0:{max(config.steps // 4, 1)}")
+    end = int(config.window.split(":")[1])
+    if end + int(shift[1]) > config.steps:
+        refuse(config, "window_shift", f"--window {config.window} cannot move so far within --steps "
+               f"{config.steps}; choose a window that starts earlier, a shorter one, or a smaller move")
 
 
 def check_choices(config, **choices):

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from PIL import Image
 
 import models
 import sample
+from run_folder import save_weights
 from sample import ddim_step, ddim_table, decode, encode_prompts, load_pipeline, predict, sample_trajectories
+from stable_diffusion import save_pipeline
+from training import make_trainable
 
 ROOT = Path(__file__).parents[1]
 STABLE_DIFFUSION = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -158,41 +163,86 @@ def test_the_command_line_draws_a_grid(tmp_path):
     assert width >= 2 * 96 and height >= 2 * 96
 
 
-def test_labels_are_wrapped_and_a_seed_keeps_its_column_when_strengths_are_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_tuned", lambda *_: None)
-    drawn = []
-    grid = sample.picture_grid
-    monkeypatch.setattr(sample, "picture_grid", lambda *arguments: drawn.append(arguments) or grid(*arguments))
-    sample.main(["--lora", str(tmp_path), "--lora-scale", "0.5", "1", "--prompt", "a cat", "--prompt", "a fox", "--images", "2", "--steps", "2",
-                 "--out", str(tmp_path / "grid.png")])
-    (rows, names, titles), = drawn
-    assert names == [f"{model}: {prompt}" for prompt in ("a cat", "a fox") for model in ("base", "strength 0.5", "strength 1")]
-    assert titles == ["seed 0", "seed 1"] and torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[3])
-    assert grid(rows[:1], ["an otter " * 50], ["an otter with a trumpet " * 50] * 2).size[0] < 5 * 98
-    assert sample.wrapped("a cat with a guitar", sample.ImageFont.load_default(size=12), 60, 2) == "a cat with\na guitar"
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("small") / "model")
 
 
-def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(tmp_path, monkeypatch):
-    settings = {"model": "models/emoji", "steps": 3, "guidance_scale": 1.0, "eta": 0.5, "window": "1:2"}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+def save_run(folder, model, lora_rank, **settings):
+    """The folder of a run that has moved every weight a little."""
+    pipeline = load_pipeline(model, "cpu")
+    config = SimpleNamespace(lora_rank=lora_rank, seed=0, lora_targets="to_q,to_k,to_v,to_out.0")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in make_trainable(pipeline.unet, config):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(pipeline, config, folder)
+    settings = dict(model=model, steps=3, guidance_scale=4.0, eta=1.0, lora_rank=lora_rank, dtype="fp32") | settings
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """What the command line draws: (rows, names, titles) of each grid."""
+    seen, grid = [], sample.picture_grid
+    monkeypatch.setattr(sample, "picture_grid", lambda *arguments: seen.append(arguments) or grid(*arguments))
+    return seen
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_each_strength_is_drawn_as_a_pipeline_of_its_own_would(small, lora_rank, tmp_path, grids):
+    save_run(tmp_path / "run", small, lora_rank)
+    sample.main(["--lora", str(tmp_path / "run"), "--lora-scale", "0.5", "1", "--prompt", "a cat", "--prompt", "a fox",
+                 "--images", "2", "--batch", "3", "--out", str(tmp_path / "grid.png")])
+    (rows, names, titles), = grids
+    assert names == [f"{label}: {prompt}" for prompt in ("a cat", "a fox")
+                     for label in ("base", "strength 0.5", "strength 1")]
+    assert titles == ["seed 0", "seed 1"] and not torch.equal(rows[0], rows[2])
+    for i, scale in enumerate((None, 0.5, 1.0)):
+        own = load_pipeline(small, "cpu") if scale is None else load_pipeline(small, "cpu", None, tmp_path / "run", scale)
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        expected = sample_trajectories(own, ["a fox"] * 2, 3, 4.0, generator=generators).images
+        assert (rows[3 + i].int() - expected.int()).abs().max() <= 1  # another batch may round the last bit otherwise
+
+
+def test_labels_are_wrapped():
+    rows = [torch.zeros(2, 3, 64, 64, dtype=torch.uint8)]
+    grid = sample.picture_grid(rows, ["an otter " * 50], ["an otter with a trumpet " * 50] * 2)
+    assert grid.size[0] < 5 * 98
+
+
+def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(small, tmp_path, monkeypatch):
+    save_run(tmp_path / "run", small, 0, guidance_scale=1.0, eta=0.5, window="1:2", dtype="bf16", sampler="cps",
+             sample_batch=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "run/last")
+    (tmp_path / "run/last/config.json").unlink()
     asked = []
-    monkeypatch.setattr(models, "load_tuned", lambda *_: None)
-    monkeypatch.setattr(sample, "sample_trajectories", lambda pipeline, prompts, *args, **_: asked.append(args[:3]) or sample.Trajectories(
-        None, None, None, torch.zeros(len(prompts), 3, 64, 64, dtype=torch.uint8), prompts))
-    command = ["--prompt", "a cat", "--out", str(tmp_path / "a.png"), "--lora"]
-    for folder in (tmp_path, tmp_path / "last"):  # the newest weights, where the guard has kept older ones
-        sample.main([*command, str(folder)])
-        steps, guidance_scale, eta = asked.pop()
-        assert (steps, guidance_scale, eta.tolist()) == (3, 1.0, [0.0, 0.5, 0.0]) and len(asked) == 1  # the base model, too
-        asked.clear()
-    sample.main([*command, str(tmp_path), "--steps", "2", "--guidance-scale", "5"])  # the window is of three steps
-    sample.main([*command, str(tmp_path), "--eta", "0"])
-    assert asked == [(2, 5.0, 0.5)] * 2 + [(3, 1.0, 0.0)] * 2
+    real = sample.sample_trajectories
+
+    def sample_trajectories(pipeline, prompts, steps, guidance_scale, eta, generators, dtype, *rest, sampler):
+        assert pipeline.unet.dtype == torch.float32  # as it was trained
+        asked.append((len(prompts), steps, guidance_scale, eta.tolist(), dtype, sampler))
+        return real(pipeline, prompts, steps, guidance_scale, eta, generators, dtype, *rest, sampler=sampler)
+
+    monkeypatch.setattr(sample, "sample_trajectories", sample_trajectories)
+    command = ["--prompt", "a cat", "--images", "4", "--out", str(tmp_path / "a.png"), "--lora"]
+    for folder in ("run", "run/last"):  # the newest weights, where the guard has kept older ones
+        sample.main([*command, str(tmp_path / folder)])
+    assert asked == [(2, 3, 1.0, [0.0, 0.5, 0.0], torch.bfloat16, "cps")] * 8  # two models, two batches, two folders
+    asked.clear()
+    run = str(tmp_path / "run")
+    sample.main([*command, run, "--steps", "2", "--guidance-scale", "5"])  # the window is of three steps
+    sample.main([*command, run, "--eta", "0", "--batch", "4", "--dtype", "fp32"])
+    sample.main([*command, run, "--sampler", "dance", "--batch", "4"])
+    assert asked == ([(2, 2, 5.0, [0.5, 0.5], torch.bfloat16, "cps")] * 4 + [(4, 3, 1.0, [0.0] * 3, torch.float32, "cps")] * 2
+                     + [(4, 3, 1.0, [pytest.approx(0.3)] * 3, torch.bfloat16, "dance")] * 2)
 
 
 @pytest.mark.parametrize("arguments, names", [(["--steps", "0"], "--steps 0"), (["--device", "toaster"], "toaster"), (["--images", "0"], "--images 0"),
                                               (["--lora", "prompts"], "--lora prompts"), (["--out", "no/such/folder/a.png"], "--out"),
-                                              (["--eta", "2"], "--eta"), (["--seed", "18446744073709551616"], "--seed"), (["--steps", "x"], "--steps")])
+                                              (["--eta", "2"], "--eta"), (["--seed", "18446744073709551616"], "--seed"), (["--steps", "x"], "--steps"),
+                                              (["--sampler", "euler"], "--sampler"), (["--batch", "0"], "--batch 0")])
 def test_what_the_command_line_cannot_do_is_one_line(tmp_path, capsys, arguments, names):
     with pytest.raises(SystemExit) as stop:
         sample.main(arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "grid.png")])

@@ -10,10 +10,13 @@ from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
                        FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, PNDMScheduler,
                        StableDiffusionPipeline)
 
+import ddpo
 import kernels
 from kernels.ddim_step import fused_ddim_step
 from kernels.ppo_loss import fused_ppo_loss
-from sample import ETAS, ddim_scheduler, ddim_step, ddim_table, encode_prompts, load_pipeline, predict, sample_trajectories
+from run_folder import read_metrics
+from sample import (ETAS, ddim_scheduler, ddim_step, ddim_table, encode_prompts, load_pipeline, predict, sample_trajectories,
+                    step_etas, window_places)
 from stable_diffusion import save_pipeline
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -332,3 +335,65 @@ def test_a_flow_trajectory_scores_as_it_did_when_it_was_sampled(flow_folder, sam
         _, log_prob = ddim_step(output, stored.latents[:, step], table[step], stored.latents[:, step + 1], guidance_scale=4.0)
         assert torch.equal(log_prob, stored.log_probs[:, step])
     assert stored.log_probs[:, :-1].abs().min() > 0
+
+
+SMALL = dict(images=4, sample_batch=4, group_size=2, train_batch=4, updates=2, steps=4, eval_images=2, watch="", device="cpu",
+             dtype="bf16", ema=0.0)
+
+
+@pytest.mark.parametrize("sampler", ETAS)
+def test_the_ratio_of_a_run_starts_at_1_with_every_sampler(flow_folder, sampler, tmp_path):
+    config = ddpo.Config(model=flow_folder, out=str(tmp_path), sampler=sampler, epochs=1, **SMALL)
+    row = read_metrics(ddpo.train(config) / "metrics.jsonl")[-1]
+    assert config.eta == ETAS[sampler] and row["ratio_error"] == 0 and row["grad_norm"] > 0
+
+
+def test_a_window_moves_on_and_begins_again():
+    assert window_places(10) == [(0, 10)] and window_places(10, "2:5") == [(2, 5)]
+    assert window_places(10, "0:4", "2/5") == [(0, 4), (2, 6), (4, 8), (6, 10)]
+    assert window_places(10, "1:4", "3/1") == [(1, 4), (4, 7), (7, 10)]
+    noisy = [step_etas(10, 0.7, "0:4", "2/5", epoch).nonzero().flatten()[0].item() for epoch in range(1, 23)]
+    assert noisy == [0] * 5 + [2] * 5 + [4] * 5 + [6] * 5 + [0] * 2
+    assert step_etas(4, 0.5, "0:2", "1/1", 2).tolist() == [0, 0.5, 0.5, 0]
+
+
+def test_a_run_trains_the_steps_of_its_moving_window_alone(flow_folder, tmp_path, monkeypatch):
+    settings = SMALL | dict(epochs=4, window="0:2", window_shift="1/1", train_first=1.0)
+    seen, real = [], ddpo.update_pairs
+
+    def update_pairs(run, epoch, *rest):
+        for image, step in real(run, epoch, *rest):
+            seen.append((epoch, *step.tolist()))
+            yield image, step
+
+    drawn, collect = [], ddpo.collect
+    monkeypatch.setattr(ddpo, "collect", lambda run, epoch: drawn.append(collect(run, epoch)) or drawn[-1])
+    monkeypatch.setattr(ddpo, "update_pairs", update_pairs)
+    rows = read_metrics(ddpo.train(ddpo.Config(model=flow_folder, out=str(tmp_path), **settings)) / "metrics.jsonl")
+    trained = {epoch: {step for entry in seen if entry[0] == epoch for step in entry[1:]} for epoch in range(1, 5)}
+    assert trained == {1: {0, 1}, 2: {1, 2}, 3: {2}, 4: {0, 1}}  # the last step of all has no noise
+    for epoch, (_, trajectories, _, _) in enumerate(drawn, 1):
+        assert set((trajectories.log_probs != 0).any(0).nonzero().flatten().tolist()) == trained[epoch]
+    assert all(row["ratio_error"] == 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize("settings, names", [
+    (dict(sampler="euler"), "--sampler euler"), (dict(sampler="cps", eta=1.5), "--eta 1.5"), (dict(eta=0.0), "--eta 0.0"),
+    (dict(window_shift="1/2"), "--window-shift 1/2: needs a window"), (dict(window="0:4", window_shift="0/2"), "0/2"),
+    (dict(window="0:4", window_shift="2"), "--window-shift 2:"), (dict(window="7:10", window_shift="1/1"), "7:10"),
+    (dict(window="8:12"), "--window 8:12")])
+def test_a_sampler_or_window_that_cannot_be_is_one_line(settings, names):
+    with pytest.raises(ValueError, match=names) as error:
+        ddpo.check(ddpo.Config(device="cpu", **settings))
+    assert "\n" not in str(error.value)
+
+
+def test_a_window_of_steps_without_noise_is_refused_before_a_folder_is_made(flow_folder, tmp_path):
+    with pytest.raises(ValueError, match="from 3 to 4 .* deterministic"):
+        ddpo.train(ddpo.Config(model=flow_folder, out=str(tmp_path / "runs"), window="0:1", window_shift="1/1", epochs=1, **SMALL))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_defaults_are_the_sampler_of_the_paper():
+    config = ddpo.check(ddpo.Config(device="cpu"))
+    assert (config.sampler, config.eta, config.window, config.window_shift) == ("ddim", 1.0, "", "")
