@@ -336,6 +336,9 @@ def check_checkpoint(saved, run):
         refuse(f"--ema is {run.config.ema:g}, and it has {kind(saved['ema'])} for averaged weights")
     if run.ema:
         check_tensors("ema", saved["ema"])
+    for name in saved.keys() - keys:  # what the loop has given
+        if isinstance(saved[name], list):
+            check_tensors(name, saved[name])
     try:
         moments = saved["optimizer"]["state"]
         if moments.keys() not in (set(), set(range(count))):  # none: fp16 has skipped every update

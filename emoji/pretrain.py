@@ -46,6 +46,7 @@ sys.path.insert(0, str(ROOT))  # of the scripts
 
 from emoji import scenes
 from rewards import clip_top1, jpeg_kilobytes
+from run_folder import write_whole
 from sample import load_pipeline, sample_trajectories
 from settings import add_flags
 
@@ -205,8 +206,7 @@ def train(name, config, model, loss_fn, evaluate=None):
             weights = model.state_dict()
             state = {"model": weights, "ema": ema, "step": step + 1}
             state["optimizer"] = optimizer.state_dict()
-            torch.save(state, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            write_whole(path, lambda file: torch.save(state, file))
             if evaluate:
                 trained = {key: value.clone() for key, value in weights.items()}
                 model.load_state_dict(ema)
