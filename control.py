@@ -229,13 +229,17 @@ def draw_progress(rows, shown, path):
     plt.close(figure)
 
 
+def parse_config(arguments):
+    return parse(arguments, Config, __doc__)
+
+
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     if any(argument.partition("=")[0] == "--task" for argument in arguments):
         from control_loop import main as closed_loop  # it needs gymnasium
 
         return closed_loop(arguments)
-    command_line(arguments, lambda given: parse(given, Config, __doc__), prepare,
+    command_line(arguments, parse_config, prepare,
                  lambda run: print(fine_tune(run)))
 
 

@@ -278,8 +278,12 @@ def draw_progress(config, rows, shown, path):
     plt.close(figure)
 
 
+def parse_config(arguments):
+    return parse(arguments, Config, __doc__)
+
+
 def main(arguments=None):
-    command_line(arguments, lambda given: parse(given, Config, __doc__), prepare,
+    command_line(arguments, parse_config, prepare,
                  lambda run: print(fine_tune(run)))
 
 

@@ -3,15 +3,12 @@
 Plans with DDPO, with --kl and with RWR; the closed loop with a diffusion and a Gaussian policy.
 """
 
-import json
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 
 from control import VIEWS
 from control_worlds import draw_scene
 from reproduce_figures import band, interval, seeds_of, table
-from run_folder import load_checkpoint, read_metrics
+from run_folder import load_checkpoint
 
 PLANS = {"ddpo": "", "kl": "--kl 0.02", "rwr": "--algorithm rwr"}
 POLICIES = ("diffusion", "gaussian")
@@ -91,17 +88,3 @@ def draw_plans(results, out):
         column[0].set_title(title)
     figure.savefig(results / "control_plans.png", dpi=100)
     plt.close(figure)
-
-
-def main():
-    """Table and figures again, from the logs in results/control/logs."""
-    results, logs = Path("results/control"), Path("results/control/logs")
-    runs = {folder.name: read_metrics(folder / "metrics.jsonl") for folder in sorted(logs.iterdir())}
-    lines, numbers = draw(runs, results, Path("runs/reproduce/control"))
-    (results / "control.md").write_text("\n".join(lines) + "\n")
-    (results / "control.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()
