@@ -26,7 +26,6 @@ from reproduce_figures import between, interval, kept, measure
 from run_folder import read_metrics
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "results" / "emoji"
 TINY = (
     "ddpo.py --reward compress --device cpu --images 4 --group-size 2 --sample-batch 4 "
     "--train-batch 4 --steps 2 --updates 1 --epochs 2 --eval-images 2 --eval-every 1 --watch= "
@@ -120,7 +119,6 @@ def test_tables_and_curves_are_drawn_from_logs_alone(experiment, repository, cap
 def test_the_committed_tables_follow_from_the_committed_logs(experiment, repository, capsys):
     room = "control" if experiment == "control" else "emoji"
     shutil.copytree(ROOT / "results" / room / "logs", repository / "results" / room / "logs")
-    (repository / "results/emoji").mkdir(exist_ok=True)
     page = repository / "results/README.md"
     page.write_text(f"before\n<!-- {experiment} -->\nan old table\n<!-- /{experiment} -->\nafter\n")
     reproduce.main([experiment, "--draw", "--seeds", "1"])  # all seeds are drawn nevertheless
