@@ -209,7 +209,8 @@ def set_up(config, folder, resume, reference):
         load_prompts(name)
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
     # what is trained is float32
-    pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)
+    pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32,
+                             resolution=config.resolution)
     notice = cut_notice(main_tokenizer(pipeline), prompts)
     if notice and rank == 0:
         print(notice, file=sys.stderr)
