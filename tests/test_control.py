@@ -20,7 +20,7 @@ import control_loop
 from control import reward_of
 from control_loop import gae, policy_table
 from control_policy import Denoiser, denoising_loss, fit, noise_schedule, sample_chain
-from control_worlds import (RADIUS, REACH, SCALE, SHAPE, clearance, copy_controller, demonstrate,
+from control_worlds import (RADIUS, SCALE, SHAPE, clearance, copy_controller, demonstrate,
                             draw_scenes, judge, make_envs, pendulum_controller, play)
 from ddpo import clip_range_for, is_loss
 from run_folder import load_checkpoint, read_metrics
