@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ddpo
 import experiments
@@ -480,6 +481,27 @@ def test_pictures_that_are_not_finite_are_no_pictures(model, part):
         next(network.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         sample.sample_trajectories(pipeline, ["a cat"], 2, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_an_adapter_that_is_broken_is_refused_by_the_sampler(run, tmp_path, capsys, value):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    path = folder / "pytorch_lora_weights.safetensors"
+    save_file({key: torch.full_like(tensor, value) for key, tensor in load_file(path).items()}, path)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--lora", str(folder), "--prompt", "a cat", "--images", "1", "--device", "cpu",
+                     "--out", str(tmp_path / "cat.png")])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and re.fullmatch(r"--[^\n]*lora [^\n]* not finite[^\n]*", error)
+    assert not (tmp_path / "cat.png").exists()
+
+
+def test_the_sampler_tries_its_output_before_it_works(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "sample_trajectories", lambda *_, **__: pytest.fail("it has sampled"))
+    (tmp_path / "cat.png").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--lora", str(run), "--device", "cpu", "--out", str(tmp_path / "cat.png")])
+    assert stop.value.code == 2 and "cat.png" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_not_logged(model, tmp_path):
