@@ -258,6 +258,8 @@ def check(config):
     at_least(config, 0, "kl")
     above_zero(config, "advantage_clip", "clip_range")
     above_zero(config, "timestep_fraction", "train_first", at_most=1)
+    if config.eta == 0:
+        refuse(config, "eta", "must be above 0, since a deterministic sampler is no policy")
     check_choices(config, algorithm=("is", "sf"), advantages=("prompt", "group", "batch"),
                   step_weights=("none", "equal"))
     if config.advantages == "group" and config.group_size < 2:

@@ -242,11 +242,11 @@ def signal_and_noise(scheduler, timesteps):
 def noised(scheduler, clean, noise, timesteps):
     """(x_t, the network's target, |∂x̂_0 / ∂output| (B,)). clean: x_0, (B, C, H, W); timesteps: (B,)."""
     signal, sigma = signal_and_noise(scheduler, timesteps)
-    kind = getattr(scheduler.config, "prediction_type", "flow")  # flow schedulers have but one
+    kind = scheduler.config.get("prediction_type", "flow")  # flow-matching schedulers know no other
     target, slope = {"epsilon": (noise, sigma / signal),
-                     "v_prediction": (signal * noise - sigma * clean, sigma),
+                     "v": (signal * noise - sigma * clean, sigma),
                      "sample": (clean, torch.ones_like(sigma)),
-                     "flow": (noise - clean, sigma / (signal + sigma))}[kind]
+                     "flow": (noise - clean, sigma / (signal + sigma))}[kind.removesuffix("_prediction")]
     return signal * clean + sigma * noise, target, slope.flatten()
 
 

@@ -41,9 +41,9 @@ class Settings:
     sample_batch: int = 32  # pictures denoised at once, on each process
     steps: int = 10  # T, denoising steps of a picture
     guidance_scale: float = 4.0  # of classifier-free guidance; 1 for none
-    sampler: str = "ddim"  # ddim, cps, flow, dance: how a step adds its noise, see ddim_table in sample.py
-    eta: float = -1.0  # how much noise, in the sampler's own meaning; above 0, because a deterministic
-        # sampler is no policy (default: ddim 1, cps 0.7, flow 0.7, dance 0.3)
+    sampler: str = "ddim"  # ddim, cps, flow, dance: how a step adds its noise, see sample.ddim_table
+    eta: float = -1.0  # how much noise, in the sampler's own meaning; 0 is deterministic, which
+        # ddpo.py cannot train (default: ddim 1, cps 0.7, flow 0.7, dance 0.3)
     window: str = ""  # "5:15": only these steps have noise and are trained ("" for all)
     window_shift: str = ""  # "2/5": the window moves on by 2 steps every 5 epochs, from the last place back
         # to the first ("" for a fixed one)
@@ -152,9 +152,9 @@ def check(config):
     check_window_shift(config)
     if config.eta == -1:
         config.eta = ETAS[config.sampler]
-    if not 0 < config.eta <= MAX_ETAS[config.sampler]:
-        refuse(config, "eta", "must be above 0, since a deterministic sampler is no policy, and at most "
-               f"{MAX_ETAS[config.sampler]:g} with --sampler {config.sampler}")
+    if not 0 <= config.eta <= MAX_ETAS[config.sampler]:
+        refuse(config, "eta", f"must be at least 0 and at most {MAX_ETAS[config.sampler]:g} with "
+               f"--sampler {config.sampler}")
     check_machine(config)
 
     config.updates = config.updates or 1

@@ -217,7 +217,7 @@ def set_up(config, folder, resume, reference):
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler,
                                   **schedule_inputs(pipeline, config.steps))
     for first, end in window_places(config.steps, config.window, config.window_shift):
-        if not (table[first:end, 2] > 0).any():
+        if config.eta and not (table[first:end, 2] > 0).any():
             within = "of the window " if config.window else ""
             raise ValueError(f"--steps {config.steps}: every step {within}from {first} to {end} of "
                              "this scheduler is deterministic; choose more steps, or another --window")
