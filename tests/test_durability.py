@@ -369,7 +369,7 @@ def forked(function):
         return pid
     code = 99
     try:
-        code = function()
+        code = function() or 0
     finally:
         os._exit(code)
 
@@ -638,6 +638,21 @@ def test_a_signal_ends_a_process_also_in_a_callback_that_swallows_exceptions():
         assert os.read(heard, 1) == b"r"
         os.kill(pid, number)
         assert ended(pid) == 130 and os.read(heard, 1) == bytes([number])
+
+
+def test_a_process_that_a_reward_forks_is_stopped_alone():
+    def main():
+        with training.stop_signals(lambda number: os.write(told, b"the run is stopped")):
+            worker = forked(lambda: os.write(told, b"ready") and time.sleep(60))
+            assert os.read(heard, 5) == b"ready"
+            os.kill(worker, signal.SIGTERM)
+            code = ended(worker)
+            time.sleep(0.5)
+        os.write(told, str(code).encode())
+
+    heard, told = os.pipe()
+    ended(forked(main))
+    assert os.read(heard, 100) == str(-signal.SIGTERM).encode()
 
 
 FAILING = """
