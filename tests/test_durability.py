@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -575,6 +576,20 @@ def test_what_an_epoch_needs_no_more_is_let_go(run, model, tmp_path):
     _, trajectories, _, _ = training.collect(again, 3)
     assert trajectories.images is None and len(trajectories.latents) == 4
     training.close(again)
+
+
+def test_an_epochs_trajectories_are_let_go_before_the_next_epochs_are_sampled(model, tmp_path, monkeypatch):
+    collect, held, alive = training.collect, [], []
+
+    def collecting(*arguments):
+        alive.extend(reference() is not None for reference in held)
+        collected = collect(*arguments)
+        held.append(weakref.ref(collected[1].latents))
+        return collected
+
+    monkeypatch.setattr(ddpo, "collect", collecting)
+    ddpo.train(Config(model=model, out=str(tmp_path), name="run", **SMALL | dict(epochs=2)))
+    assert alive == [False]
 
 
 def test_compiled_blocks_have_room_for_each_batch_and_what_stays_eager_is_said(model, tmp_path, capsys):
