@@ -1,21 +1,21 @@
-"""Sampling as a policy: a stochastic sampler that remembers every step it took and how likely that step was.
+"""Sampling as a policy: a stochastic sampler that keeps every step it took and how likely that step was.
 
-    python sample.py --prompt "a cat" --prompt "a fox"                    pictures of the shipped model
-    python sample.py --prompt "a cat" --lora runs/compress                before and after fine-tuning, same seeds
-    python sample.py --prompt "a cat" --model models/emoji-flow           a flow-matching model
+    python sample.py --prompt "a cat" --prompt "a fox"              pictures of the shipped model
+    python sample.py --prompt "a cat" --lora runs/compress          before and after fine-tuning, same seeds
+    python sample.py --prompt "a cat" --model models/emoji-flow     a flow-matching model
 
-Denoising trajectories x_T, ..., x_0. Seen from x_t, the next latents are drawn from a Gaussian whose mean the network sets
-and whose width σ the sampler sets: an action with an exact likelihood, which is all that a policy gradient asks for.
-For Stable Diffusion and its usual sampler (`ddim`) a step is
+Sampling takes T denoising steps, x_T, ..., x_0. Each draws the next latents from a Gaussian: the network sets
+its mean, the sampler its width σ. So each step is an action with an exact likelihood, which is all that a
+policy gradient needs. For Stable Diffusion and its usual sampler (`ddim`) a step is
 
-    ε̂  = ε_u + w (ε_c − ε_u)                                        classifier-free guidance
-    σ  = η sqrt((1−ᾱ')/(1−ᾱ) · (1 − ᾱ/ᾱ'))                          DDIM, Eq. 16 (Song et al. 2020)
-    μ  = sqrt(ᾱ') (x − sqrt(1−ᾱ) ε̂)/sqrt(ᾱ) + sqrt(1−ᾱ'−σ²) ε̂      DDIM, Eq. 12
+    ε̂  = ε_u + w (ε_c − ε_u)                                     classifier-free guidance
+    σ  = η sqrt((1−ᾱ')/(1−ᾱ) · (1 − ᾱ/ᾱ'))                       DDIM, Eq. 16 (Song et al. 2020)
+    μ  = sqrt(ᾱ') (x − sqrt(1−ᾱ) ε̂)/sqrt(ᾱ) + sqrt(1−ᾱ'−σ²) ε̂   DDIM, Eq. 12
     x' ~ N(μ, σ²)
 
-μ is affine in x and in the network's output, whatever the network predicts, for flow-matching models too, and for the
-other samplers that people use on them. So four numbers a step are the whole scheduler: c_x, c_o, σ, log σ. `ddim_table`
-derives and computes them once; `ddim_step` needs nothing else, and neither do the kernels.
+μ is affine in x and in the network's output, whatever the network predicts. That also holds for flow-matching
+models, and for the other samplers in use. So four numbers a step are the whole scheduler: c_x, c_o, σ, log σ.
+`ddim_table` derives and computes them once; `ddim_step` and the kernels need nothing else.
 """
 
 import copy
@@ -25,8 +25,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import (DTYPES, autocast, condition, decode, default_device, denoiser, encode_prompts, first_line, is_emoji,
-                    latents_shape, load_pipeline, load_tuned, predict, schedule_inputs)  # first: it quiets the libraries
+from models import (DTYPES, autocast, condition, decode, default_device, denoiser, encode_prompts,
+                    first_line, is_emoji, latents_shape, load_pipeline, load_tuned, predict,
+                    schedule_inputs)  # first: it quiets the libraries
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -38,7 +39,8 @@ from run_folder import picture_grid
 
 @dataclass
 class Trajectories:
-    """What a batch of samples did. Step t went from latents[:, t] to latents[:, t + 1], with log-density log_probs[:, t]."""
+    """What a batch of samples did: step t went from latents[:, t] to latents[:, t + 1], with log-density
+    log_probs[:, t]."""
 
     latents: torch.Tensor  # (B, T+1, C, H, W) float32, from pure noise to x_0
     log_probs: torch.Tensor  # (B, T) float32, mean over C, H, W; 0 where a step had no noise
@@ -48,37 +50,37 @@ class Trajectories:
 
 
 def ddim_scheduler(scheduler):
-    """The scheduler that we sample with: a flow-matching one as it is, otherwise DDIM with the same noise schedule.
+    """The scheduler that we sample with: a flow-matching one as it is, otherwise DDIM with the same noise
+    schedule. Settings keep the values that the given scheduler runs with, also those that its file left out.
 
-    Settings keep the values that the given scheduler runs with, also those that its file left out.
-    Raises ValueError, one line, for a scheduler of neither kind, and for options under which the steps would be others,
-    or not affine.
+    Raises ValueError, one line, for a scheduler of neither kind, and for options under which the steps would
+    be others, or not affine.
     """
     config, name = dict(scheduler.config), type(scheduler).__name__
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         for option in ("stochastic_sampling", "invert_sigmas"):
             if config.get(option):
-                raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that we sample; "
-                                 f"set {option} to false in scheduler/scheduler_config.json")
+                raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that "
+                                 f"we sample; set {option} to false in scheduler/scheduler_config.json")
         return scheduler
     if "beta_schedule" not in config or config.get("use_flow_sigmas"):
-        raise ValueError(f"scheduler: {name} has no noise schedule that we know; give one with a beta schedule, such as "
-                         "DDIMScheduler, or FlowMatchEulerDiscreteScheduler")
+        raise ValueError(f"scheduler: {name} has no noise schedule that we know; give one with a beta "
+                         "schedule, such as DDIMScheduler, or FlowMatchEulerDiscreteScheduler")
     for option in ("clip_sample", "thresholding"):
         if config.get(option, False):
-            raise ValueError(f"scheduler: {option}=True bends the step, which is then no Gaussian around an affine mean; "
-                             f"set {option} to false in scheduler/scheduler_config.json")
+            raise ValueError(f"scheduler: {option}=True bends the step, which is then no Gaussian around an "
+                             f"affine mean; set {option} to false in scheduler/scheduler_config.json")
         config[option] = False  # DDIMScheduler's own default for clip_sample is True
-    config.pop("_use_default_values", None)  # or DDIM's defaults would replace what the file left to another class's
+    config.pop("_use_default_values", None)  # or DDIM's defaults would replace those of the given class
     try:
         return DDIMScheduler.from_config(config)
     except NotImplementedError:
-        raise ValueError(f"scheduler: beta_schedule {config['beta_schedule']!r} of {name} is not one of DDIM's; "
-                         "choose linear, scaled_linear or squaredcos_cap_v2, or give trained_betas") from None
+        raise ValueError(f"scheduler: beta_schedule {config['beta_schedule']!r} is not one of DDIM's; choose "
+                         "linear, scaled_linear or squaredcos_cap_v2, or give trained_betas") from None
 
 
 def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
-    """(timesteps (T,), α (T+1,), s (T+1,) float64): step i leads from x = α_i x_0 + s_i ε to that of i + 1.
+    """(timesteps (T,), α (T+1,), s (T+1,) float64): step i leads from α_i x_0 + s_i ε to the levels i + 1.
 
     mu, sigmas: what the pipelines of some flow-matching models hand to their scheduler's set_timesteps.
     """
@@ -88,26 +90,26 @@ def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
         raise ValueError(f"--steps {num_steps}: the schedule has {total}; choose 1 to {total}")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if scheduler.config.use_dynamic_shifting and mu is None:
-            raise ValueError("scheduler: use_dynamic_shifting needs the shift mu of the picture's size, which this model's "
-                             "pipeline does not tell; set it to false, and shift, in scheduler/scheduler_config.json")
+            raise ValueError("scheduler: use_dynamic_shifting needs the shift mu of the picture's size, "
+                             "which this model does not tell; set it to false in scheduler/scheduler_config.json")
         scheduler.set_timesteps(num_steps, sigmas=sigmas, **{} if mu is None else {"mu": mu})
         s = scheduler.sigmas.cpu().double()
         return scheduler.timesteps.cpu(), 1 - s, s
     scheduler.set_timesteps(num_steps)
     timesteps = scheduler.timesteps.cpu()
     if timesteps.max() >= total:
-        raise ValueError(f"--steps {num_steps}: with the scheduler's steps_offset the first step would be {timesteps.max()}, "
-                         f"past its {total}; choose {total // 2} or fewer")
-    # each step ends where the next one begins: t - T/num_steps, as DDIM has it, is another place under some spacings
-    alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps], scheduler.final_alpha_cumprod.view(1)]).double()
-    return timesteps, alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        raise ValueError(f"--steps {num_steps}: with the scheduler's steps_offset the first step would be "
+                         f"{timesteps.max()}, past its {total}; choose {total // 2} or fewer")
+    # A step ends where the next one begins. t - 1000/T, where DDIM ends it, is elsewhere under some spacings.
+    alpha_bar = torch.cat([scheduler.alphas_cumprod[timesteps], scheduler.final_alpha_cumprod.view(1)])
+    return timesteps, alpha_bar.double().sqrt(), (1 - alpha_bar.double()).sqrt()
 
 
 def window_places(steps, window="", shift=""):
-    """[(first, end)] of the steps that are actions: one after the other, where the window moves.
+    """[(first, end)] of the steps that are actions: more than one place, where the window moves.
 
-    window: "first:end", of its first place. shift: "2/5" moves it on by 2 steps every 5 epochs, as in MixGRPO (arXiv
-    2507.21802); where it would pass the last step, it starts again from its first place."""
+    window: "first:end", its first place. shift: "2/5" moves it on by 2 steps every 5 epochs, as in MixGRPO
+    (arXiv 2507.21802). Where it would pass the last step, it starts again from its first place."""
     first, end = map(int, window.split(":")) if window else (0, steps)
     if not shift:
         return [(first, end)]
@@ -116,85 +118,96 @@ def window_places(steps, window="", shift=""):
 
 
 def step_etas(steps, eta=1.0, window="", shift="", epoch=1):
-    """(T,) the eta of each step: within the window "first:end" of steps that are actions eta, 0 outside it; without one, eta.
+    """(T,) the eta of each step: `eta` within the window of steps that are actions, 0 outside it.
 
-    shift: the window moves, see window_places. epoch: the first one is 1."""
+    window, shift: see window_places; without a window all steps are actions. epoch: the first one is 1."""
     places = window_places(steps, window, shift)
-    first, end = places[(epoch - 1) // int(shift.split("/")[1]) % len(places)] if shift else places[0]
+    moves = (epoch - 1) // int(shift.split("/")[1]) if shift else 0
+    first, end = places[moves % len(places)]
     step = torch.arange(steps)
     return torch.where((step >= first) & (step < end), eta, 0.0)
 
 
-# η of each sampler where nothing else is asked for: 1 is DDPM's noise; the others have what their papers' code has.
+# η of each sampler where nothing else is asked for. 1 is DDPM's noise; flow and dance have their papers'
+# value, cps what is in common use. Above the second number ddim and cps would add more noise than s'.
 ETAS = {"ddim": 1.0, "cps": 0.7, "flow": 0.7, "dance": 0.3}
-MAX_ETAS = {"ddim": 1.0, "cps": 1.0, "flow": 2.0, "dance": 2.0}  # past 1, ddim and cps would add more noise than s'
+MAX_ETAS = {"ddim": 1.0, "cps": 1.0, "flow": 2.0, "dance": 2.0}
 
 
 def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=None):
-    """(timesteps (T,), table (T, 4) float32): per step c_x, c_o, σ, log σ, so that μ = c_x x + c_o output.
+    """(timesteps (T,), table (T, 4) float32): c_x, c_o, σ, log σ of each step: μ = c_x x + c_o output.
 
-    A noisy sample is x = α x_0 + s ε: Stable Diffusion has α = sqrt(ᾱ), s = sqrt(1 − ᾱ), flow matching α = 1 − t, s = t.
-    The network's output o, with x, tells x̂_0 and ε̂, both affine in (x, o):
+    A noisy sample is x = α x_0 + s ε. Stable Diffusion has α = sqrt(ᾱ) and s = sqrt(1 − ᾱ), flow matching
+    α = 1 − t and s = t. The network's output o and x give x̂_0 and ε̂, both affine in (x, o):
 
-        epsilon: ε̂ = o        v: x̂_0 = α x − s o        sample: x̂_0 = o        flow (o = ε − x_0): x̂_0 = (x − s o)/(α + s)
+        epsilon   ε̂ = o               v      x̂_0 = α x − s o
+        sample    x̂_0 = o             flow   x̂_0 = (x − s o)/(α + s),   o = ε − x_0
 
-    and the other one of the two follows from x = α x̂_0 + s ε̂. A step to (α', s') puts both together anew, with less of the
-    old noise ε̂ where it adds new: μ = α' x̂_0 + b ε̂. With b = s' and σ = 0 that is the model's ODE, in any coordinates.
+    The other one of the two follows from x = α x̂_0 + s ε̂. A step to (α', s') puts both together anew, with
+    less of the old noise ε̂ where it adds new: μ = α' x̂_0 + b ε̂. With b = s' and σ = 0 that is the model's
+    ODE, in any coordinates. The samplers differ in σ and b:
 
-        ddim    σ = η s' sqrt(1 − (α s'/(α' s))²)        b = sqrt(s'² − σ²)     Eq. 16 and 12; η = 1 is DDPM
-        cps     σ = s' sin(η π/2)                        b = sqrt(s'² − σ²)     Flow-CPS (arXiv 2509.05952)
-        flow    σ = η k' sqrt(t/(1 − t)) sqrt(t − t')    b = s' − σ²/(2 k' t)   Flow-GRPO (arXiv 2505.05470)
-        dance   σ = η k' sqrt(t − t')                    b = s' − σ²/(2 k' t)   DanceGRPO (arXiv 2505.07818)
+        ddim    σ = η s' sqrt(1 − (α s'/(α' s))²)       b = sqrt(s'² − σ²)      Eq. 16 and 12; η = 1: DDPM
+        cps     σ = s' sin(η π/2)                       b = sqrt(s'² − σ²)      arXiv 2509.05952
+        flow    σ = η k' sqrt(t/(1 − t)) sqrt(t − t')   b = s' − σ²/(2 k' t)    Flow-GRPO, arXiv 2505.05470
+        dance   σ = η k' sqrt(t − t')                   b = s' − σ²/(2 k' t)    DanceGRPO, arXiv 2505.07818
 
-    k = α + s takes any x to flow coordinates, x/k at time t = s/k. The last two are Euler–Maruyama steps there of an SDE
-    with g² = σ²/(t − t'): its drift v − g²/(2t) ε̂ lowers b to first order only, so some noise is left in the picture.
+    k = α + s takes any x to flow coordinates: x/k at time t = s/k. There the last two are Euler–Maruyama
+    steps of an SDE with g² = σ²/(t − t'). Its drift, v − g²/(2t) ε̂, is right to first order in the step
+    alone, so some noise stays in the picture.
 
-    eta: η, one for all steps or one for each, (T,), in the sampler's own meaning; ETAS has the usual ones. Where σ = 0 (all
-    steps at eta 0; the last one, where it ends without noise) log σ is -inf: a deterministic step.
-    timesteps are what the network is told: int64, or float32 of a flow-matching scheduler. mu, sigmas: see noise_levels.
-    Raises ValueError for steps the schedule does not have, an unknown sampler, an eta out of its range, a step that is not
-    affine, or a schedule under which x_0 cannot be told.
+    eta: η, one for all steps or one for each, (T,), in the sampler's own meaning (see ETAS). Where σ = 0 (at
+    η = 0, and in a last step that ends without noise) log σ is -inf: a deterministic step.
+    timesteps: what the network is told, int64, or float32 of a flow-matching scheduler.
+    mu, sigmas: see noise_levels.
+    Raises ValueError for steps that the schedule does not have, an unknown sampler, an eta out of its range,
+    a step that is not affine, or a schedule under which x_0 cannot be told.
     """
     if sampler not in ETAS:
         raise ValueError(f"--sampler {sampler}: unknown; choose {', '.join(ETAS)}")
     eta = torch.as_tensor(eta, dtype=torch.float64)
     if not ((eta >= 0) & (eta <= MAX_ETAS[sampler])).all():
-        raise ValueError(f"--eta {eta.tolist()}: must lie between 0 (deterministic) and {MAX_ETAS[sampler]:g} "
-                         f"(with --sampler {sampler})")
+        raise ValueError(f"--eta {eta.tolist()}: must lie between 0 (deterministic) and "
+                         f"{MAX_ETAS[sampler]:g} (with --sampler {sampler})")
     timesteps, alpha, s = noise_levels(scheduler, num_steps, mu, sigmas)
     alpha, alpha_next, s, s_next = alpha[:-1], alpha[1:], s[:-1], s[1:]
 
-    if sampler in ("ddim", "cps"):
-        share = (1 - (alpha * s_next / (alpha_next * s)) ** 2).sqrt() if sampler == "ddim" else 1.0
-        sigma = s_next * (eta * share if sampler == "ddim" else (eta * math.pi / 2).sin())
-        direction = (s_next**2 - sigma**2).clamp(min=0).sqrt()
+    if sampler == "ddim":
+        sigma = eta * s_next * (1 - (alpha * s_next / (alpha_next * s)) ** 2).sqrt()
+    elif sampler == "cps":
+        sigma = s_next * (eta * math.pi / 2).sin()
     else:
         k_next, t = alpha_next + s_next, s / (alpha + s)
         t_next = s_next / k_next
-        g = eta * (t / (1 - torch.where(t < 1, t, t_next))).sqrt() if sampler == "flow" else eta  # 1 − t is 0 at pure noise
-        sigma = k_next * g * (t - t_next).sqrt()
-        direction = s_next - sigma**2 / (2 * k_next * t)
+        sigma = eta * k_next * (t - t_next).sqrt()
+        if sampler == "flow":
+            sigma *= (t / (1 - torch.where(t < 1, t, t_next))).sqrt()  # 1 − t is 0 at pure noise
+    if sampler in ("ddim", "cps"):
+        b = (s_next**2 - sigma**2).clamp(min=0).sqrt()
+    else:
+        b = s_next - sigma**2 / (2 * k_next * t)
 
     # x̂_0 and ε̂, each as (factor of x, factor of the network's output)
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-    flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-    kind = "flow" if flow else scheduler.config.get("prediction_type", "epsilon")
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        kind = "flow"
     if kind == "epsilon":
         clean, noise = (1 / alpha, -s / alpha), (zero, one)
     elif kind == "v_prediction":
         clean, noise = (alpha, -s), (s, alpha)
     elif kind == "sample":
         clean, noise = (zero, one), (1 / s, -alpha / s)
-    elif kind in ("flow", "flow_prediction"):
-        clean, noise = (1 / (alpha + s), -s / (alpha + s)), (1 / (alpha + s), alpha / (alpha + s))
+    elif kind == "flow":
+        clean, noise = (one / (alpha + s), -s / (alpha + s)), (one / (alpha + s), alpha / (alpha + s))
     else:
-        raise ValueError(f"scheduler: prediction_type {kind!r} is unknown; use epsilon, v_prediction, sample or, for flow "
-                         "matching, FlowMatchEulerDiscreteScheduler")
-    c_x, c_o = (alpha_next * clean[i] + direction * noise[i] for i in (0, 1))
+        raise ValueError(f"scheduler: prediction_type {kind!r} is unknown; use epsilon, v_prediction or "
+                         "sample, or FlowMatchEulerDiscreteScheduler")
+    c_x, c_o = (alpha_next * clean[i] + b * noise[i] for i in (0, 1))
     table = torch.stack([c_x, c_o, sigma, sigma.log()], dim=1).float()
     if not table[:, :3].isfinite().all():
-        raise ValueError(f"scheduler: with prediction_type {kind!r} its schedule ends in pure noise, where x_0 cannot be told; "
-                         "such a schedule (rescale_betas_zero_snr) needs v_prediction")
+        raise ValueError(f"scheduler: with prediction_type {kind!r} its schedule ends in pure noise, where "
+                         "x_0 cannot be told; such a schedule (rescale_betas_zero_snr) needs v_prediction")
     return timesteps, table
 
 
@@ -210,23 +223,26 @@ def step_weights(table, policy_steps, kind):
     return weights / weights[policy_steps].mean()
 
 
-def ddim_step(output, latents, coefficients, next_latents=None, generator=None, guidance_scale=None, noise=None):
-    """One stochastic DDIM step (Eq. 12), and the log-density of the step taken: (next_latents, log_prob (B,)).
+def ddim_step(output, latents, coefficients, next_latents=None, generator=None, guidance_scale=None,
+              noise=None):
+    """One stochastic step (Eq. 12), and the log-density of the step taken: (next_latents, log_prob (B,)).
 
-    Draws the next latents when they are not given, scores them when they are: one function for rollout and update, so
-    that the two agree to the last bit. The latents are rounded to the dtype they are stored in *before* they are scored.
+    Draws the next latents when they are not given, and scores them when they are: one function for rollout
+    and update, so that the two agree to the last bit. The latents are rounded to the dtype they are stored
+    in *before* they are scored.
 
-    output: what the network predicted, (B, C, H, W); with a guidance_scale (2B, C, H, W), unconditional half first.
+    output: what the network predicted, (B, C, H, W); with a guidance_scale (2B, C, H, W), unconditional half
+    first.
     coefficients: a row of `ddim_table`, (4,), or one for each sample, (B, 4), on the latents' device.
-    noise: normals like the latents; without it they are drawn from generator: one, or a list of one for each sample.
+    noise: normals like the latents; without it they are drawn from generator: one, or one for each sample.
     log_prob is a mean over C, H, W, and 0 where σ is 0.
     """
     if next_latents is None and noise is None:
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
     if next_latents is not None:
         next_latents = next_latents.contiguous()
-    next_latents, log_prob = fused_ddim_step(output.contiguous(), latents.contiguous(), coefficients, guidance_scale, noise=noise,
-                                             next_latents=next_latents)
+    next_latents, log_prob = fused_ddim_step(output.contiguous(), latents.contiguous(), coefficients,
+                                             guidance_scale, noise=noise, next_latents=next_latents)
     return next_latents, torch.where(coefficients[..., 2] > 0, log_prob, 0.0)
 
 
@@ -325,8 +341,8 @@ class GraphedStep:
 def set_strength(pipeline, scale, base=None, tuned=None):
     """How much of what was trained counts, from 0, the base model, to 1, as trained.
 
-    base, tuned: the parameters of a whole network that was trained, blended in place; without them an adapter's weight is
-    set."""
+    base, tuned: the parameters of a whole network that was trained, which are blended in place. Without them
+    an adapter's weight is set."""
     if base is None:
         pipeline.set_adapters(["tuned"], [scale])
     else:
@@ -334,27 +350,29 @@ def set_strength(pipeline, scale, base=None, tuned=None):
             parameter.copy_(torch.lerp(start, end, scale))
 
 
-def run_settings(args):
-    """What is drawn how: the flags, then the settings of the run that --lora names, then defaults. Raises ValueError."""
-    if args.images < 1 or args.batch is not None and args.batch < 1:
-        setting = "images" if args.images < 1 else "batch"
-        raise ValueError(f"--{setting} {getattr(args, setting)}: must be at least 1")
+def drawing_settings(args):
+    """What is drawn how, a dict: the flags, then the settings of the run that --lora names, then defaults.
+    Raises ValueError, one line."""
+    for setting, value in (("images", args.images), ("batch", args.batch)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{setting} {value}: must be at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2**63")
-    if not Path(args.out).parent.is_dir() or Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    suffix = Path(args.out).suffix.lower()
+    if not Path(args.out).parent.is_dir() or suffix not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
     folder = Path(args.lora or "")
     file = (folder.parent if folder.name == "last" else folder) / "config.json"
     run = json.loads(file.read_text()) if args.lora and file.exists() else {}
     model = args.model or run.get("model", "models/emoji")
-    run = {"model": model, "steps": 10 if is_emoji(model) else 50, "guidance_scale": 4.0, "dtype": "fp32", "sampler": "ddim",
-           "sample_batch": 8, "window": "", "window_shift": "", "lora_rank": 0} | run
-    run.setdefault("eta", ETAS.get(args.sampler or run["sampler"], 1.0))
-    flags = {"model": args.model, "steps": args.steps, "guidance_scale": args.guidance_scale, "dtype": args.dtype,
-             "sampler": args.sampler, "eta": args.eta, "sample_batch": args.batch}
+    run = {"model": model, "steps": 10 if is_emoji(model) else 50, "guidance_scale": 4.0, "dtype": "fp32",
+           "sampler": "ddim", "sample_batch": 8, "window": "", "window_shift": "", "lora_rank": 0} | run
+    flags = {"model": args.model, "steps": args.steps, "guidance_scale": args.guidance_scale,
+             "dtype": args.dtype, "sampler": args.sampler, "eta": args.eta, "sample_batch": args.batch}
     given = {key: value for key, value in flags.items() if value is not None}
-    if "sampler" in given and given["sampler"] != run["sampler"]:
-        given.setdefault("eta", ETAS.get(given["sampler"], 1.0))
+    sampler = given.get("sampler", run["sampler"])
+    if sampler != run["sampler"] or "eta" not in run:
+        run["eta"] = ETAS[sampler]
     if "eta" in given or given.get("steps", run["steps"]) != run["steps"]:
         run["window"] = run["window_shift"] = ""  # which is one of the run's own steps
     return run | given
@@ -363,35 +381,37 @@ def run_settings(args):
 def main(arguments=None):
     import argparse
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--prompt", action="append",
                         help='may be repeated (default: "a cat", "a fox", "a butterfly", "a panda")')
-    parser.add_argument("--lora", metavar="RUN", help="a run's folder: the base model's pictures and, below, the tuned "
-                        "one's, as the run drew them in its evaluations")
-    parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: the run's, or "
-                        "models/emoji)")
+    parser.add_argument("--lora", metavar="RUN", help="a run's folder: the base model's pictures and, below, "
+                        "the tuned one's, as the run drew them in its evaluations")
+    parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: "
+                        "the run's, or models/emoji)")
     parser.add_argument("--lora-scale", type=float, nargs="+", default=[1.0],
                         help="strengths of what was trained, 0 to 1; several: one below the other")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--batch", type=int, help="pictures drawn at once (default: the run's, or 8)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the shipped models, 50 "
-                        "otherwise)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default 0)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the "
+                        "shipped models, 50 otherwise)")
     parser.add_argument("--guidance-scale", type=float, help="1 for none (default: the run's, or 4)")
-    parser.add_argument("--sampler", choices=ETAS, help="see ddim_table (default: the run's, or ddim)")
-    parser.add_argument("--eta", type=float, help="its noise; 0: deterministic (default: the run's, or "
+    parser.add_argument("--sampler", choices=ETAS, help="how noise is added (default: the run's, or ddim)")
+    parser.add_argument("--eta", type=float, help="how much; 0: deterministic (default: the run's, or "
                         + ", ".join(f"{name} {eta:g}" for name, eta in ETAS.items()) + ")")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the network's arithmetic (default: the run's, or fp32)")
-    parser.add_argument("--out", default="samples.png")
+    parser.add_argument("--dtype", choices=DTYPES,
+                        help="of the network's arithmetic (default: the run's, or fp32)")
+    parser.add_argument("--out", default="samples.png", help="the picture file (default samples.png)")
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     args = parser.parse_args(arguments)
     prompts = args.prompt or ["a cat", "a fox", "a butterfly", "a panda"]
     base = tuned = None
     try:
-        run = run_settings(args)
+        run = drawing_settings(args)
         steps, dtype, sampler = run["steps"], DTYPES[run["dtype"]], run["sampler"]
-        eta = step_etas(steps, run["eta"], run["window"], run["window_shift"])  # the window at its first place
+        eta = step_etas(steps, run["eta"], run["window"], run["window_shift"])  # the window's first place
         # a whole network is trained in float32, and computes in dtype by autocast
         weights_dtype = torch.float32 if args.lora and not run["lora_rank"] else dtype
         load = functools.partial(load_pipeline, run["model"], args.device, weights_dtype)
@@ -414,7 +434,7 @@ def main(arguments=None):
         labels = {0.0: "base: "} | {scale: f"strength {scale:g}: " for scale in args.lora_scale}
         if len(args.lora_scale) == 1:
             labels[args.lora_scale[0]] = "tuned: "
-    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # the same noise down a column
+    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # a seed has a column
     batches = [jobs[i:i + run["sample_batch"]] for i in range(0, len(jobs), run["sample_batch"])]
     drawn, cache = {}, {}
     try:
@@ -422,15 +442,18 @@ def main(arguments=None):
             for scale, label in labels.items():
                 if scale is not None:
                     set_strength(pipeline, scale, base, tuned)
-                pictures = [sample_trajectories(
-                    pipeline, [prompt for prompt, _ in batch], steps, run["guidance_scale"], eta,
-                    [torch.Generator().manual_seed(seed) for _, seed in batch], dtype, bar.update, cache,
-                    sampler=sampler).images for batch in batches]
+                pictures = []
+                for batch in batches:
+                    generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+                    pictures.append(sample_trajectories(
+                        pipeline, [prompt for prompt, _ in batch], steps, run["guidance_scale"], eta, generators,
+                        dtype, bar.update, cache, sampler=sampler).images)
                 drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
     except FloatingPointError as error:
-        parser.exit(1, f"{args.lora or run['model']}: {error} with --dtype {run['dtype']}; its network is broken\n")
+        parser.exit(1, f"{args.lora or run['model']}: {error} with --dtype {run['dtype']}\n")
     names = [label + prompt for prompt in prompts for label in labels.values()]
-    picture_grid([drawn[name] for name in names], names, [f"seed {args.seed + i}" for i in range(args.images)]).save(args.out)
+    titles = [f"seed {args.seed + i}" for i in range(args.images)]
+    picture_grid([drawn[name] for name in names], names, titles).save(args.out)
     print(f"{args.out}: {len(prompts)} prompts, seeds {args.seed} to {args.seed + args.images - 1}")
 
 

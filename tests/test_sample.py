@@ -1,4 +1,5 @@
-"""Claims about the sampler: its table and its step are diffusers' DDIM, and its log-probabilities are those of a Gaussian."""
+"""Claims about the sampler: its step is diffusers' DDIM, its log-probabilities are those of a Gaussian, and
+its command line draws what it is asked for."""
 
 import json
 import math
@@ -61,7 +62,8 @@ def test_the_log_prob_is_the_mean_log_density_of_a_normal_distribution():
         drawn, log_prob = ddim_step(output, x, table[row])
         c_x, c_o, sigma, _ = table[row].double()
         density = torch.distributions.Normal(c_x * x.double() + c_o * output.double(), sigma)
-        torch.testing.assert_close(log_prob.double(), density.log_prob(drawn.double()).mean((1, 2, 3)), rtol=1e-4, atol=1e-4)
+        expected = density.log_prob(drawn.double()).mean((1, 2, 3))
+        torch.testing.assert_close(log_prob.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -79,7 +81,8 @@ def test_rows_may_have_their_own_timesteps():
     _, table = ddim_table(scheduler(), 20)
     x, output, x_next = torch.randn(3, 4, 4, 8, 8)
     together = ddim_step(output, x, table[[0, 5, 10, 19]], x_next)[1]
-    alone = [ddim_step(output[i:i + 1], x[i:i + 1], table[row], x_next[i:i + 1])[1] for i, row in enumerate([0, 5, 10, 19])]
+    alone = [ddim_step(output[i:i + 1], x[i:i + 1], table[row], x_next[i:i + 1])[1]
+             for i, row in enumerate([0, 5, 10, 19])]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -97,7 +100,8 @@ def test_a_scheduler_that_bends_the_step_is_refused(option):
         ddim_table(scheduler(**{option: True}), 20)
 
 
-@pytest.mark.parametrize("steps, eta", [(0, 1.0), (1000, 1.0), (1001, 1.0), (20, -0.1), (20, 1.5), (20, math.nan)])
+@pytest.mark.parametrize("steps, eta", [
+    (0, 1.0), (1000, 1.0), (1001, 1.0), (20, -0.1), (20, 1.5), (20, math.nan)])
 def test_steps_and_eta_out_of_range_are_refused(steps, eta):
     with pytest.raises(ValueError, match="steps" if eta == 1.0 else "eta"):
         ddim_table(scheduler(), steps, eta)
@@ -113,15 +117,17 @@ def test_guidance_in_the_step_is_guidance_before_the_step():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stored_walk_scores_as_it_did_when_it_was_sampled(pipeline, dtype):
     prompts = ["a cat", "a dog", "a fox"]
-    walk = sample_trajectories(pipeline, prompts, 6, 4.0, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    walk = sample_trajectories(pipeline, prompts, 6, 4.0, generator=generator, dtype=dtype)
     assert walk.latents.shape == (3, 7, 4, 16, 16) and walk.latents.dtype == torch.float32
     assert walk.log_probs.shape == (3, 6) and walk.timesteps.shape == (6,)
     assert walk.images.shape == (3, 3, 64, 64) and walk.images.dtype == torch.uint8
     _, table = ddim_table(pipeline.scheduler, 6)
     embeds, negative = encode_prompts(pipeline, prompts), encode_prompts(pipeline, [""])
     for step, t in enumerate(walk.timesteps):
-        output = predict(pipeline.unet, walk.latents[:, step], t.expand(3), embeds, negative, dtype)
-        _, log_prob = ddim_step(output, walk.latents[:, step], table[step], walk.latents[:, step + 1], guidance_scale=4.0)
+        x, x_next = walk.latents[:, step], walk.latents[:, step + 1]
+        output = predict(pipeline.unet, x, t.expand(3), embeds, negative, dtype)
+        _, log_prob = ddim_step(output, x, table[step], x_next, guidance_scale=4.0)
         assert torch.equal(log_prob, walk.log_probs[:, step])
     assert torch.equal(decode(pipeline, walk.latents[:, -1]), walk.images)
 
@@ -132,13 +138,15 @@ def test_a_picture_with_its_own_generator_does_not_depend_on_its_batch(pipeline)
 
     together = sample_trajectories(pipeline, ["a cat", "a dog"], 5, 4.0, generator=generators(1, 2)).images
     alone = sample_trajectories(pipeline, ["a dog"], 5, 4.0, generator=generators(2)).images
-    assert (together[1].int() - alone[0].int()).abs().max() <= 1  # another batch size may round the last bit otherwise
+    assert (together[1].int() - alone[0].int()).abs().max() <= 1  # other batch sizes may round otherwise
 
 
 def test_sampling_without_noise_agrees_with_diffusers_own_pipeline(pipeline):
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    theirs = pipeline("a frog", num_inference_steps=10, guidance_scale=4.0, eta=0.0, latents=noise, output_type="pt").images
-    ours = sample_trajectories(pipeline, ["a frog"], 10, 4.0, 0.0, generator=torch.Generator().manual_seed(3)).images
+    theirs = pipeline("a frog", num_inference_steps=10, guidance_scale=4.0, eta=0.0, latents=noise,
+                      output_type="pt").images
+    generator = torch.Generator().manual_seed(3)
+    ours = sample_trajectories(pipeline, ["a frog"], 10, 4.0, 0.0, generator=generator).images
     assert ((theirs * 255).round() - ours).abs().max() <= 2
 
 
@@ -150,7 +158,8 @@ def test_the_model_card_s_example_runs_in_plain_diffusers(monkeypatch):
     assert names["picture"].size == (64, 64)
 
 
-@pytest.mark.parametrize("model, names", [("no/such/model", "no/such/model"), ("prompts", "model_index.json")])
+@pytest.mark.parametrize("model, names", [
+    ("no/such/model", "no/such/model"), ("prompts", "model_index.json")])
 def test_a_model_that_cannot_be_loaded_is_one_line(model, names):
     with pytest.raises(ValueError, match=names) as error:
         load_pipeline(model, "cpu")
@@ -158,7 +167,8 @@ def test_a_model_that_cannot_be_loaded_is_one_line(model, names):
 
 
 def test_the_command_line_draws_a_grid(tmp_path):
-    sample.main(["--prompt", "a cat", "--prompt", "a fox", "--images", "2", "--steps", "2", "--out", str(tmp_path / "grid.png")])
+    sample.main(["--prompt", "a cat", "--prompt", "a fox", "--images", "2", "--steps", "2",
+                 "--out", str(tmp_path / "grid.png")])
     width, height = Image.open(tmp_path / "grid.png").size
     assert width >= 2 * 96 and height >= 2 * 96
 
@@ -178,8 +188,8 @@ def save_run(folder, model, lora_rank, **settings):
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(pipeline, config, folder)
-    settings = dict(model=model, steps=3, guidance_scale=4.0, eta=1.0, lora_rank=lora_rank, dtype="fp32") | settings
-    (folder / "config.json").write_text(json.dumps(settings))
+    defaults = dict(model=model, steps=3, guidance_scale=4.0, eta=1.0, lora_rank=lora_rank, dtype="fp32")
+    (folder / "config.json").write_text(json.dumps(defaults | settings))
 
 
 @pytest.fixture
@@ -193,17 +203,18 @@ def grids(monkeypatch):
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_each_strength_is_drawn_as_a_pipeline_of_its_own_would(small, lora_rank, tmp_path, grids):
     save_run(tmp_path / "run", small, lora_rank)
-    sample.main(["--lora", str(tmp_path / "run"), "--lora-scale", "0.5", "1", "--prompt", "a cat", "--prompt", "a fox",
-                 "--images", "2", "--batch", "3", "--out", str(tmp_path / "grid.png")])
+    sample.main(["--lora", str(tmp_path / "run"), "--lora-scale", "0.5", "1", "--prompt", "a cat", "--prompt",
+                 "a fox", "--images", "2", "--batch", "3", "--out", str(tmp_path / "grid.png")])
     (rows, names, titles), = grids
     assert names == [f"{label}: {prompt}" for prompt in ("a cat", "a fox")
                      for label in ("base", "strength 0.5", "strength 1")]
     assert titles == ["seed 0", "seed 1"] and not torch.equal(rows[0], rows[2])
     for i, scale in enumerate((None, 0.5, 1.0)):
-        own = load_pipeline(small, "cpu") if scale is None else load_pipeline(small, "cpu", None, tmp_path / "run", scale)
+        tuned = {} if scale is None else dict(lora=tmp_path / "run", lora_scale=scale)
+        own = load_pipeline(small, "cpu", **tuned)
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         expected = sample_trajectories(own, ["a fox"] * 2, 3, 4.0, generator=generators).images
-        assert (rows[3 + i].int() - expected.int()).abs().max() <= 1  # another batch may round the last bit otherwise
+        assert (rows[3 + i].int() - expected.int()).abs().max() <= 1  # other batch sizes may round otherwise
 
 
 def test_labels_are_wrapped():
@@ -213,8 +224,8 @@ def test_labels_are_wrapped():
 
 
 def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(small, tmp_path, monkeypatch):
-    save_run(tmp_path / "run", small, 0, guidance_scale=1.0, eta=0.5, window="1:2", dtype="bf16", sampler="cps",
-             sample_batch=2)
+    save_run(tmp_path / "run", small, 0, guidance_scale=1.0, eta=0.5, window="1:2", dtype="bf16",
+             sampler="cps", sample_batch=2)
     shutil.copytree(tmp_path / "run", tmp_path / "run/last")
     (tmp_path / "run/last/config.json").unlink()
     asked = []
@@ -229,22 +240,26 @@ def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(small, tmp_pa
     command = ["--prompt", "a cat", "--images", "4", "--out", str(tmp_path / "a.png"), "--lora"]
     for folder in ("run", "run/last"):  # the newest weights, where the guard has kept older ones
         sample.main([*command, str(tmp_path / folder)])
-    assert asked == [(2, 3, 1.0, [0.0, 0.5, 0.0], torch.bfloat16, "cps")] * 8  # two models, two batches, two folders
+    # two models, two batches, two folders
+    assert asked == [(2, 3, 1.0, [0.0, 0.5, 0.0], torch.bfloat16, "cps")] * 8
     asked.clear()
     run = str(tmp_path / "run")
     sample.main([*command, run, "--steps", "2", "--guidance-scale", "5"])  # the window is of three steps
     sample.main([*command, run, "--eta", "0", "--batch", "4", "--dtype", "fp32"])
     sample.main([*command, run, "--sampler", "dance", "--batch", "4"])
-    assert asked == ([(2, 2, 5.0, [0.5, 0.5], torch.bfloat16, "cps")] * 4 + [(4, 3, 1.0, [0.0] * 3, torch.float32, "cps")] * 2
-                     + [(4, 3, 1.0, [pytest.approx(0.3)] * 3, torch.bfloat16, "dance")] * 2)
+    assert asked == ([(2, 2, 5.0, [0.5, 0.5], torch.bfloat16, "cps")] * 4
+                     + [(4, 3, 1.0, [0.0] * 3, torch.float32, "cps")] * 2
+                     + [(4, 3, 1.0, [0.0, pytest.approx(0.3), 0.0], torch.bfloat16, "dance")] * 2)
 
 
-@pytest.mark.parametrize("arguments, names", [(["--steps", "0"], "--steps 0"), (["--device", "toaster"], "toaster"), (["--images", "0"], "--images 0"),
-                                              (["--lora", "prompts"], "--lora prompts"), (["--out", "no/such/folder/a.png"], "--out"),
-                                              (["--eta", "2"], "--eta"), (["--seed", "18446744073709551616"], "--seed"), (["--steps", "x"], "--steps"),
-                                              (["--sampler", "euler"], "--sampler"), (["--batch", "0"], "--batch 0")])
+@pytest.mark.parametrize("arguments, names", [
+    (["--steps", "0"], "--steps 0"), (["--device", "toaster"], "toaster"), (["--images", "0"], "--images 0"),
+    (["--lora", "prompts"], "--lora prompts"), (["--out", "no/such/folder/a.png"], "--out"),
+    (["--eta", "2"], "--eta"), (["--seed", "18446744073709551616"], "--seed"), (["--steps", "x"], "--steps"),
+    (["--sampler", "euler"], "--sampler"), (["--batch", "0"], "--batch 0")])
 def test_what_the_command_line_cannot_do_is_one_line(tmp_path, capsys, arguments, names):
     with pytest.raises(SystemExit) as stop:
         sample.main(arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "grid.png")])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
