@@ -428,7 +428,11 @@ def main(arguments=None):
         if args.lora and not getattr(denoiser(pipeline), "peft_config", None):
             base = [*denoiser(load()).parameters()]
             tuned = [p.clone() for p in denoiser(pipeline).parameters()]
-    except ValueError as error:
+        new = not Path(args.out).exists()
+        open(args.out, "ab").close()  # fails before the work, not after it
+        if new:
+            Path(args.out).unlink()
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
 
     from tqdm import tqdm
@@ -441,17 +445,20 @@ def main(arguments=None):
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # a seed has a column
     batches = [jobs[i:i + run["sample_batch"]] for i in range(0, len(jobs), run["sample_batch"])]
     drawn, cache = {}, {}
-    with tqdm(total=len(batches) * len(labels) * steps, desc="sampling") as bar:
-        for scale, label in labels.items():
-            if scale is not None:
-                set_strength(pipeline, scale, base, tuned)
-            pictures = []
-            for batch in batches:
-                generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-                pictures.append(sample_trajectories(
-                    pipeline, [prompt for prompt, _ in batch], steps, run["guidance_scale"], eta, generators,
-                    dtype, bar.update, cache, sampler=sampler).images)
-            drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
+    try:
+        with tqdm(total=len(batches) * len(labels) * steps, desc="sampling") as bar:
+            for scale, label in labels.items():
+                if scale is not None:
+                    set_strength(pipeline, scale, base, tuned)
+                pictures = []
+                for batch in batches:
+                    generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+                    pictures.append(sample_trajectories(
+                        pipeline, [prompt for prompt, _ in batch], steps, run["guidance_scale"], eta, generators,
+                        dtype, bar.update, cache, sampler=sampler).images)
+                drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
+    except FloatingPointError as error:
+        parser.exit(1, f"{args.lora or run['model']}: {error} with --dtype {run['dtype']}\n")
     names = [label + prompt for prompt in prompts for label in labels.values()]
     titles = [f"seed {args.seed + i}" for i in range(args.images)]
     picture_grid([drawn[name] for name in names], names, titles).save(args.out)
