@@ -1,4 +1,4 @@
-"""DDPO: reinforcement learning for diffusion models (Black et al. 2023, arXiv 2305.13301), in one loop.
+"""DDPO: reinforcement learning for diffusion models (Black et al. 2023, arXiv 2305.13301).
 
     python ddpo.py --reward compress                   the shipped emoji model, minutes on two cores
     python ddpo.py --reward my_file.py:my_reward --prompts my.txt
@@ -6,16 +6,16 @@
     torchrun --nproc_per_node 8 ddpo.py --reward aesthetic --preset sd15-8gpu
     python ddpo.py --resume runs/compress
 
-Denoising is a decision process of T steps. The state is (prompt, t, x_t), the action is x_{t-1}, and the
-policy is the Gaussian that the sampler draws it from. The reward comes once, for the finished picture, so
-every step of a picture gets that picture's advantage A. There are two estimators of the policy gradient:
+Denoising is a decision process of T steps. The state is (prompt, t, x_t), the action is x_{t-1}, and
+the policy is the Gaussian that the sampler draws it from. The reward comes once, for the finished
+picture, so every step of a picture gets that picture's advantage A. Two estimators of the gradient:
 
-    SF   ∇ E[r] = E[ Σ_t A ∇ log p(x_{t-1} | x_t) ]                   score function (REINFORCE)
-    IS   ∇ E[r] = E[ Σ_t A ∇ ρ_t ],  ρ_t = exp(log p − log p_old)     importance sampling
+    SF   ∇ E[r] = E[ Σ_t A ∇ log p(x_{t-1} | x_t) ]                 score function (REINFORCE)
+    IS   ∇ E[r] = E[ Σ_t A ∇ ρ_t ],  ρ_t = exp(log p − log p_old)   importance sampling
 
-SF is right for pictures of the present policy only: one update an epoch. IS is clipped as in PPO, and makes
-several. Everything random in an epoch is drawn from (seed, epoch, index of the picture), so a run that is
-killed and resumed gives the same numbers, on any number of processes.
+SF is right for pictures of the present policy only: one update an epoch. IS is clipped as in PPO, and
+makes several. Everything random in an epoch is drawn from (seed, epoch, index of the picture), so a run
+that is killed and resumed gives the same numbers, on any number of processes.
 """
 
 import math
@@ -30,10 +30,12 @@ import kernels.ppo_loss
 import settings
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from sample import ddim_step, encode_prompts, latents_shape, predict
-from settings import PRESETS, Settings, check_choices, refuse
-from training import (apply_gradients, collect, command_line, describe, epoch_table, progress_bar, reduce,
-                      reference_output, reward_row, seeded, shard, start, time_row)
+from models import denoiser
+from sample import ddim_step, latents_shape, predict, step_weights
+from settings import PRESETS, Settings, above_zero, at_least, check_choices, refuse
+from training import (apply_gradients, collect, command_line, describe, epoch_table, progress_bar,
+                      reduce, reference_output, reward_row, seeded, shard, start, time_row,
+                      training_inputs)
 
 
 @dataclass
@@ -42,57 +44,56 @@ class Config(Settings):
 
     # DDPO
     algorithm: str = "is"  # is, sf: the estimator
-    advantages: str = "group"  # prompt (a buffer for each, as in the paper), group (the pictures of one
-        # prompt in an epoch), batch
+    advantages: str = "group"  # prompt (a buffer for each, as in the paper), group (the pictures of
+        # one prompt in an epoch), batch
     buffer_size: int = 32  # rewards remembered for each prompt
     min_count: int = 16  # rewards of a prompt before its own statistics replace the batch's
     advantage_clip: float = 5.0  # largest |A|
-    train_first: float = 0.5  # share of the steps, from the first on, that are trained: the first ones
-        # decide the content of a picture, the others its sharpness
-    timestep_fraction: float = 1.0  # share of these steps that is trained for each picture, drawn anew
-        # each inner epoch
-    step_weights: str = "none"  # equal: every step has the same share of the gradient, see step_weights
-    clip_range: float = 1e-4  # of the ratio, for latents of 4x64x64; scaled for others, see clip_range_for
+    train_first: float = 0.5  # share of the steps, from the first on, that are trained: they decide
+        # the content of a picture, the others its sharpness
+    timestep_fraction: float = 1.0  # share of these that is trained for each picture, drawn anew
+    step_weights: str = "none"  # equal: every step has the same share of the gradient
+    clip_range: float = 1e-4  # of the ratio, for latents of 4x64x64, see clip_range_for
     kl: float = 0.0  # weight of the divergence from the base model, see kl_loss
 
 
 def sf_loss(log_prob, advantages):
-    """(B,) DDPO-SF, the score function estimator: only right for pictures of the present policy."""
+    """(B,) DDPO-SF, the score function estimator: right for pictures of the present policy only."""
     return -advantages * log_prob
 
 
 def is_loss(log_prob, old_log_prob, advantages, clip_range):
-    """(B,) DDPO-IS with PPO's clip: a step whose ratio has left the range on the side that the advantage
-    pushes to has no gradient."""
+    """(B,) DDPO-IS with PPO's clip: a step whose ratio has left the range on the side that the
+    advantage pushes to has no gradient."""
     ratio = torch.exp(log_prob - old_log_prob)
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
 def clip_range_for(clip_range, latents_shape):
-    """log p is a *mean* over D elements, so ρ is the D-th root of the true ratio, and a clip range means
-    something only together with D: 1e-4 at the paper's D = 16384 is 1.6 nats. Scaled by D, the setting
-    means 1.6 nats for every latent size."""
+    """log p is a *mean* over D elements, so ρ is the D-th root of the true ratio, and a clip range
+    means something only together with D: 1e-4 at the paper's D = 16384 is 1.6 nats. Scaled by D, the
+    setting means 1.6 nats for every latent size."""
     return clip_range * 4 * 64 * 64 / math.prod(latents_shape)
 
 
 def kl_loss(output, reference, guidance_scale=None):
     """(B,) mean_D ‖ε̂ − ε̂_ref‖² between the guided predictions of the policy and of the base model.
-
-    The exact divergence of the two Gaussians of a step (x-space) is c_o² ‖ε̂ − ε̂_ref‖² / (2σ²). It has
-    one more factor, which is nearly even over the steps but some fifty times as large in the last but one:
-    where that step is trained, the exact divergence holds little else (tutorial 5 tries both)."""
+    The exact divergence of a step's two Gaussians (x-space) is c_o² ‖ε̂ − ε̂_ref‖² / (2σ²). Its factor
+    is nearly even over the steps, but some fifty times as large in the last but one: where that step
+    is trained, the exact divergence holds little else (tutorial 5 tries both)."""
     difference = guided(output, guidance_scale) - guided(reference, guidance_scale)
     return difference.float().square().flatten(1).mean(1)
 
 
 def exact(rewards):
-    """float32 rewards as float64: sums of equal ones are exact, so their advantages are 0. In float32 the
-    mean misses them by a rounding error, which the division by std + 1e-6 would make as large as 1."""
+    """float32 rewards as float64: sums of equal ones are exact, so their advantages are 0. In float32
+    the mean misses them by a rounding error, which the division by std + 1e-6 makes as large as 1."""
     return torch.as_tensor(rewards, dtype=torch.float32).double()
 
 
 class PromptStats:
-    """Advantages relative to the recent rewards of the same prompt: some prompts are easier than others."""
+    """Advantages relative to the recent rewards of the same prompt: some are easier than others."""
 
     def __init__(self, buffer_size=32, min_count=16):
         self.buffer_size, self.min_count = buffer_size, min_count
@@ -114,9 +115,9 @@ class PromptStats:
 
 
 def group_advantages(rewards, group_size):
-    """(B,) float32. Groups are consecutive pictures of one prompt. Each is compared with the mean of the
-    *others* of its group (its own reward in the baseline would shrink the gradient by 1/group_size), in
-    units of the batch's std of that difference."""
+    """(B,) float32. Groups are consecutive pictures of one prompt. Each is compared with the mean of
+    the *others* of its group (its own reward in the baseline would shrink the gradient by
+    1/group_size), in units of the batch's std of that difference."""
     groups = exact(rewards).view(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     difference = (groups - others).flatten()
@@ -131,21 +132,17 @@ def batch_advantages(rewards):
 
 def fit(run):
     """The loop: sample, reward, advantages, update, log. Returns the run's folder."""
-    config, device, unet = run.config, run.device, run.pipeline.unet
+    config, device, network = run.config, run.device, denoiser(run.pipeline)
     updates = config.updates * config.inner_epochs  # of an epoch
-    clip_range = guidance_scale = None
-    if config.algorithm == "is":
-        clip_range = clip_range_for(config.clip_range, latents_shape(run.pipeline))
-    if config.train_guidance and config.guidance_scale > 1:
-        guidance_scale = config.guidance_scale
+    clip_range = clip_range_for(config.clip_range, latents_shape(run.pipeline))
+    clip_range = clip_range if config.algorithm == "is" else None
     mine = shard(run, config.images)  # indices of this process's pictures
     statistics = {name: PromptStats(config.buffer_size, config.min_count) for name in run.components}
     for name, buffers in (run.saved["statistics"] if run.saved else {}).items():
         statistics[name].buffers = buffers
 
-    _, _, trained_steps, pairs = epoch_steps(run, run.epoch + 1)
-    kind = f"(picture, step) pairs, {trained_steps} steps of each picture"
-    over = begin(run, describe(run, updates, pairs, kind, teachers=int(config.kl > 0)))
+    pairs = epoch_steps(run, run.epoch + 1)[-1]
+    over = begin(run, describe(run, updates, pairs, "(picture, step) pairs", int(config.kl > 0)))
     while not over:
         epoch, clock = run.epoch + 1, time.perf_counter()
         table, policy_steps, trained_steps, pairs = epoch_steps(run, epoch)
@@ -153,32 +150,30 @@ def fit(run):
 
         # 1. sample, 2. reward
         prompts, trajectories, scores, seconds = collect(run, epoch)
-        latents, old_log_probs = trajectories.latents, trajectories.log_probs  # (B, T+1, C, H, W), (B, T)
+        latents, old_log_probs = trajectories.latents, trajectories.log_probs  # (B, T+1, ...), (B, T)
 
         # 3. advantages
         advantages = mixed_advantages(run, prompts, scores, statistics)[mine].to(device)
 
         # 4. update
-        prompt_embeds = encode_prompts(run.pipeline, trajectories.prompts, run.cache)
-        negative_embeds = encode_prompts(run.pipeline, [""], run.cache) if guidance_scale else None
         totals, grad_norms = torch.zeros(4, device=device), []
         ratio_error = torch.zeros((), device=device)
         updating = progress_bar(run, "updating", updates * pairs // run.world)
         for update in range(updates):
             for image, step in update_pairs(run, epoch, update, policy_steps, trained_steps):
                 x, x_next = (latents[image, step + i].to(device) for i in (0, 1))
+                *embeds, guidance_scale = training_inputs(run, [trajectories.prompts[i] for i in image])
                 image, step = image.to(device), step.to(device)
                 old, advantage = old_log_probs[image, step], advantages[image] * weights[step]
-                inputs = x, run.timesteps[step], prompt_embeds[image], negative_embeds
-                output = predict(unet, *inputs, run.dtype)
-                scale = run.scaler.scale(torch.full((), 1 / pairs, device=device))  # mean of the update
-                loss, losses, log_prob = policy_loss(
-                    output, x, x_next, table[step], old, advantage, clip_range, guidance_scale, scale)
+                inputs = x, run.timesteps[step], *embeds
+                output = predict(network, *inputs, run.dtype)
+                scale = run.scaler.scale(torch.full((), 1 / pairs, device=device))  # mean over pairs
+                loss, losses, log_prob = policy_loss(output, x, x_next, table[step], old, advantage,
+                                                     clip_range, guidance_scale, scale)
                 kl = torch.zeros((), device=device)
                 if config.kl:
                     kl = kl_loss(output, reference_output(run, *inputs), guidance_scale).sum()
                 (loss + config.kl * scale * kl).backward()
-
                 with torch.no_grad():  # diagnostics
                     square = (log_prob - old).square()
                     away = (torch.exp(log_prob - old) - 1).abs()  # |ρ − 1|
@@ -198,13 +193,13 @@ def fit(run):
         row |= {"ratio_error": reduce(ratio_error, dist.ReduceOp.MAX).item(),
                 "grad_norm": sum(grad_norms) / len(grad_norms)}
         row |= time_row(run, clock, *seconds)
-        over = end_epoch(run, row, clock, statistics={
-            name: stats.buffers for name, stats in statistics.items()})
+        buffers = {name: stats.buffers for name, stats in statistics.items()}
+        over = end_epoch(run, row, clock, statistics=buffers)
     return finish(run)
 
 
 def mixed_advantages(run, prompts, scores, statistics):
-    """(images,) over all processes: each component of the reward in its own units, times its weight."""
+    """(images,) over all processes: each component of the reward in its own units, weighted."""
     config = run.config
     advantages = torch.zeros(config.images)
     for name, weight in run.components.items():
@@ -218,34 +213,36 @@ def mixed_advantages(run, prompts, scores, statistics):
 
 
 def epoch_steps(run, epoch):
-    """(table (T, 4), the steps that may be trained, how many of them are for each picture, (picture, step)
-    pairs of an update). They depend on the epoch where a window moves."""
+    """(table (T, 4), steps to choose from, how many for each picture, pairs of an update): they depend
+    on the epoch where the window moves."""
     config = run.config
     table, policy_steps = epoch_table(config, run.pipeline, epoch)
     policy_steps = policy_steps[:math.ceil(config.train_first * len(policy_steps))]
     trained_steps = max(1, round(config.timestep_fraction * len(policy_steps)))
-    return table.to(run.device), policy_steps, trained_steps, config.images // config.updates * trained_steps
+    pairs = config.images // config.updates * trained_steps
+    return table.to(run.device), policy_steps, trained_steps, pairs
 
 
 def update_pairs(run, epoch, update, policy_steps, trained_steps):
-    """Yields the (picture, step) pairs of an update on this process: index tensors of --train-batch pairs.
+    """Yields the (picture, step) pairs of an update on this process, --train-batch at a time.
 
     Each inner epoch draws `trained_steps` steps for each picture. Update j takes the pictures j,
     j + updates, ..., so that the pictures of a group are spread over the updates."""
     config = run.config
     inner, part = divmod(update, config.updates)
     mine = shard(run, config.images)
-    draw = torch.rand(config.images, len(policy_steps), generator=seeded(config.seed, epoch, 2, inner))
-    steps = policy_steps[draw.argsort(1)[mine, :trained_steps]]  # (B, trained_steps)
+    generator = seeded(config.seed, epoch, 2, inner)
+    order = torch.rand(config.images, len(policy_steps), generator=generator).argsort(1)
+    steps = policy_steps[order[mine, :trained_steps]]  # (B, trained_steps)
     chosen = (mine % config.updates == part).nonzero().flatten()
     image, step = chosen.repeat_interleave(trained_steps), steps[chosen].flatten()
     yield from zip(image.split(config.train_batch), step.split(config.train_batch))
 
 
-def policy_loss(output, x, x_next, coefficients, old_log_prob, advantages, clip_range, guidance_scale, scale):
-    """(scale · Σ loss with its gradient, loss (B,), log_prob (B,)) of stored steps.
-
-    One fused kernel computes it where Triton runs, the formulas above elsewhere. clip_range None: SF."""
+def policy_loss(output, x, x_next, coefficients, old_log_prob, advantages, clip_range,
+                guidance_scale, scale):
+    """(scale · Σ loss with its gradient, loss (B,), log_prob (B,)) of stored steps: one fused kernel
+    where Triton runs, the formulas above elsewhere. clip_range None: SF."""
     if kernels.use_triton(x):
         return kernels.ppo_loss.policy_loss(output, x, x_next, coefficients, old_log_prob, advantages,
                                             clip_range, guidance_scale, scale)[:3]
@@ -255,41 +252,23 @@ def policy_loss(output, x, x_next, coefficients, old_log_prob, advantages, clip_
     return loss.sum() * scale, loss.detach(), log_prob.detach()
 
 
-def step_weights(table, policy_steps, kind):
-    """(T,) factors of the steps' losses, of mean 1 over the trained ones.
-
-    ∂ log p / ∂ output is z c_o / σ. Under Stable Diffusion's schedule |c_o / σ| is nearly even (0.6 to 1.1
-    at T = 20), but 5.4 in the last but one: that step, which decides details at most, has the largest
-    gradient. "equal" divides by the factor."""
-    weights = torch.ones_like(table[:, 0])
-    if kind == "equal":
-        weights[policy_steps] = (table[:, 2] / table[:, 1].abs())[policy_steps]
-    return weights / weights[policy_steps].mean()
-
-
 def check(config):
-    """Fills in the settings that follow from others. Raises ValueError, one line, before anything is made."""
-    for setting in ("buffer_size", "min_count"):
-        if getattr(config, setting) < 1:
-            refuse(config, setting, "must be at least 1")
-    for setting in ("advantage_clip", "clip_range"):
-        if not getattr(config, setting) > 0:
-            refuse(config, setting, "must be above 0")
-    if not config.kl >= 0:
-        refuse(config, "kl", "must not be negative")
+    """Fills in the settings that follow from others. Raises ValueError, one line, for bad ones."""
+    at_least(config, 1, "buffer_size", "min_count")
+    at_least(config, 0, "kl")
+    above_zero(config, "advantage_clip", "clip_range")
+    above_zero(config, "timestep_fraction", "train_first", at_most=1)
+    if config.eta == 0:
+        refuse(config, "eta", "must be above 0, since a deterministic sampler is no policy")
     check_choices(config, algorithm=("is", "sf"), advantages=("prompt", "group", "batch"),
                   step_weights=("none", "equal"))
-    for setting in ("timestep_fraction", "train_first"):
-        if not 0 < getattr(config, setting) <= 1:
-            refuse(config, setting, "must be above 0 and at most 1")
     if config.advantages == "group" and config.group_size < 2:
-        refuse(config, "group_size", "a group needs at least 2 pictures to compare; or choose --advantages "
-               "batch or prompt")
+        refuse(config, "group_size", "a group needs at least 2 pictures to compare; or choose "
+               "--advantages batch or prompt")
     if config.advantages == "prompt" and config.buffer_size < config.min_count:
-        refuse(config, "buffer_size", f"must be at least --min-count {config.min_count}, or no prompt would "
-               "ever have enough rewards")
-    if config.advantages == "batch" and config.images < 2:
-        refuse(config, "images", "advantages over a batch need at least 2")
+        refuse(config, "buffer_size", f"must be at least --min-count {config.min_count}, or no prompt "
+               "would ever have enough rewards")
+    at_least(config, 2 if config.advantages == "batch" else 1, "images")
     config.updates = config.updates or (4 if config.algorithm == "is" else 1)
     if config.algorithm == "sf" and config.updates * config.inner_epochs > 1:
         refuse(config, "updates" if config.updates > 1 else "inner_epochs",
@@ -298,7 +277,6 @@ def check(config):
 
 
 def parse_config(arguments):
-    """(Config, resume) from the command line."""
     return settings.parse_config(arguments, Config, PRESETS, __doc__)
 
 
@@ -308,9 +286,9 @@ def prepare(config, resume=False):
 
 
 def train(config, resume=False):
-    """Fine-tunes as the settings say. Returns the run's folder (metrics.jsonl, rewards.png, progress.png,
-    weights, checkpoint/). Raises ValueError before anything is written if the settings cannot work,
-    RunStopped if a reward fails during the run."""
+    """Fine-tunes as the settings say. Returns the run's folder (metrics.jsonl, rewards.png,
+    progress.png, weights, checkpoint/). Raises ValueError before anything is written if the settings
+    cannot work, RunStopped if a reward fails during the run."""
     return fit(prepare(config, resume))
 
 

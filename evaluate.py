@@ -1,9 +1,9 @@
-"""Evaluation while a model trains: the same prompts and seeds each time, so that only the model changes.
+"""Evaluation while a model trains: the same prompts and seeds each time; only the model changes.
 
 The trained reward goes up. At what cost? An evaluation also measures what is *not* trained on: the
-watched metrics, whether CLIP still finds the prompt in the picture among all others, and how different
-the pictures of one prompt are. `guard` turns that into two decisions: which epoch's weights to save as
-the result, and when to stop.
+watched metrics, whether CLIP still finds the prompt in the picture among all others, and how
+different the pictures of one prompt are. `guard` turns that into two decisions: which epoch's
+weights to save as the result, and when to stop.
 """
 
 import time
@@ -19,16 +19,22 @@ from training import averaged, close, gather, log, progress_bar, rollout, save, 
 
 
 def fixed_prompts(prompts, count):
-    """`count` prompts, each twice in a row (diversity is a matter between pictures of one prompt), spread over a long list, again and
-    again over a short one."""
+    """`count` prompts, each twice in a row, because diversity is measured between pictures of one
+    prompt. They are spread over a long list; a short one is repeated."""
     different = (count + 1) // 2
-    chosen = [prompts[i * len(prompts) // different if different <= len(prompts) else i % len(prompts)] for i in range(different)]
+    if different <= len(prompts):
+        chosen = [prompts[i * len(prompts) // different] for i in range(different)]
+    else:
+        chosen = [prompts[i % len(prompts)] for i in range(different)]
     return [prompt for prompt in chosen for _ in range(2)][:count]
 
 
 def diversity(embeddings, prompts):
-    """1 − mean cosine between the pictures of one prompt: 0 where they are all the same. embeddings: (B, D), L2-normalised."""
-    same = torch.tensor([[a == b for b in prompts] for a in prompts]) & ~torch.eye(len(prompts), dtype=torch.bool)
+    """1 − mean cosine between the pictures of one prompt: 0 where they are all the same.
+
+    embeddings: (B, D), L2-normalised."""
+    same = torch.tensor([[a == b for b in prompts] for a in prompts])
+    same &= ~torch.eye(len(prompts), dtype=torch.bool)
     return 1 - (embeddings @ embeddings.T)[same].mean().item()
 
 
@@ -52,7 +58,8 @@ def evaluate(run, epoch):
 def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
     config = run.config
     prompts = fixed_prompts(prompt_set, config.eval_images)
-    candidates = list(dict.fromkeys(prompts + load_prompts("animals") + load_prompts("animals_held_out")))
+    animals = load_prompts("animals") + load_prompts("animals_held_out")
+    candidates = list(dict.fromkeys(prompts + animals))
     batches, pictures, embeddings = [], [], []
     for index in shard(run, len(prompts)).split(config.sample_batch):
         batch = [prompts[i] for i in index]
@@ -61,17 +68,26 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
         if "clip" in run.rewards:
             batches[-1]["clip_top1"] = clip_top1(images, batch, candidates, run.device).float()
             embeddings += clip_image_embeddings(images, run.device)
-        pictures += [image.cpu() for i, image in zip(index.tolist(), images) if i % 2 == 0 and i < 16]
+        shown = [i % 2 == 0 and i < 16 for i in index.tolist()]  # one of each pair
+        pictures += [image.cpu() for image, is_shown in zip(images, shown) if is_shown]
     pictures, embeddings = gather(pictures), gather(embeddings)
-    values = {name: torch.tensor(gather(torch.cat([scores[name] for scores in batches]).tolist())) for name in batches[0]}
+    values = {}
+    for name in batches[0]:
+        mine = torch.cat([scores[name] for scores in batches])
+        values[name] = torch.tensor(gather(mine.tolist()))
     trained = sum(weight * values[name] for name, weight in run.components.items())
     row = {f"{view}_reward": trained.mean().item()}
-    row |= {f"{view}_{name}": value.mean().item() for name, value in values.items() if [*run.components] != [name]}
-    row |= {f"{view}_{name}_std": values[name].std(correction=0).item() for name in watched(config) if epoch == 0}
+    for name, value in values.items():
+        if [*run.components] != [name]:
+            row[f"{view}_{name}"] = value.mean().item()
+    if epoch == 0:
+        for name in watched(config):
+            row[f"{view}_{name}_std"] = values[name].std(correction=0).item()
     if embeddings and len(prompts) > 1:
         row[f"{view}_diversity"] = diversity(torch.stack(embeddings), prompts)
     if view == "eval" and run.rank == 0:
-        strip = picture_grid([torch.stack(pictures)], [f"epoch {epoch}"], prompts[:16:2] if epoch == 0 else None)
+        titles = prompts[:16:2] if epoch == 0 else None
+        strip = picture_grid([torch.stack(pictures)], [f"epoch {epoch}"], titles)
         save_picture(strip, run.folder / "progress" / f"{epoch:06d}.png")
         draw_progress(run.folder, epoch)
     return row
@@ -87,19 +103,24 @@ def guard(rows, config):
 
     An evaluation is *safe* while no watched metric has fallen by more than config.guard standard
     deviations of the base model's own pictures: a unit that means the same for a cosine and for
-    kilobytes. The weights to save are those of the safe evaluation with the highest trained reward. It
-    is measured on the prompts of --eval-prompts where some are given, because the model cannot learn
-    those by heart. A run ends after config.patience evaluations in a row that are not safe or, with
-    --eval-prompts, not better than an earlier one. With guard 0, or with nothing to watch and no
-    --eval-prompts: (None, False).
+    kilobytes. The weights to save are those of the safe evaluation with the highest trained reward.
+    It is measured on the prompts of --eval-prompts where some are given, because the model cannot
+    learn those by heart. A run ends after config.patience evaluations in a row that are not safe
+    or, with --eval-prompts, not better than an earlier one. With guard 0, or with nothing to watch
+    and no --eval-prompts: (None, False).
     """
     names, unseen = watched(config), set_names(config.eval_prompts)
     if not config.guard or not (names or unseen):
         return None, False
     evaluated = evaluations(rows)
     base, later = evaluated[0], evaluated[1:]
-    safe = [all(row[f"eval_{name}"] >= base[f"eval_{name}"] - config.guard * base[f"eval_{name}_std"] for name in names) for row in later]
-    reward = [sum(row[f"eval_{name}_reward"] for name in unseen) if unseen else row["eval_reward"] for row in later]
+    lowest = {
+        name: base[f"eval_{name}"] - config.guard * base[f"eval_{name}_std"] for name in names
+    }
+    safe = [all(row[f"eval_{name}"] >= lowest[name] for name in names) for row in later]
+    reward = [row["eval_reward"] for row in later]
+    if unseen:
+        reward = [sum(row[f"eval_{name}_reward"] for name in unseen) for row in later]
     best = max((i for i in range(len(later)) if safe[i]), key=reward.__getitem__, default=None)
     late = len(later) - config.patience  # the first of the last --patience evaluations
     stop = late >= 0 and (not any(safe[late:]) or bool(unseen) and best < late)
@@ -107,47 +128,59 @@ def guard(rows, config):
 
 
 def first_and_kept(rows, config):
-    """The rows of the first evaluation and of the one whose weights were saved: the guard's choice, or
-    else the newest."""
-    evaluated, best = evaluations(rows), guard(rows, config)[0]
+    """The rows of the first evaluation and of the one whose weights were saved: the guard's choice,
+    or else the newest."""
+    evaluated, (best, _) = evaluations(rows), guard(rows, config)
     return evaluated[0], next((row for row in evaluated if row["epoch"] == best), evaluated[-1])
 
 
 def summary(run):
     """What changed, on fixed prompts and seeds, and what to do next."""
-    first, kept = first_and_kept(run.rows, run.config)
-    best, stopped = guard(run.rows, run.config)
+    config = run.config
+    first, kept = first_and_kept(run.rows, config)
+    best, stopped = guard(run.rows, config)
     lines = [f"{run.folder}: {run.epoch} epochs; see progress.png and rewards.png there"]
     if stopped:
-        lines.append(f"  stopped after --patience {run.config.patience} evaluations beyond --guard {run.config.guard:g}"
-                     + (", or no better on --eval-prompts" if run.config.eval_prompts else ""))
+        lines.append(f"  stopped after --patience {config.patience} evaluations beyond --guard "
+                     f"{config.guard:g}")
+        if config.eval_prompts:
+            lines[-1] += ", or no better on --eval-prompts"
     if best not in (None, run.epoch):
-        lines.append(f"  kept: the weights of epoch {best}; the newest are in {run.folder / 'last'}")
+        last = run.folder / "last"
+        lines.append(f"  kept: the weights of epoch {best}; the newest are in {last}")
     elif stopped:
-        lines.append("  kept: the newest weights, since no evaluation was within the guard; a lower --lr or --eval-every 1 would find some")
+        lines.append("  kept: the newest weights, since no evaluation was within the guard; "
+                     "a lower --lr or --eval-every 1 would find some")
     lines.append("  on fixed prompts and seeds:")
     for key in (key for key in first if key.startswith("eval_") and not key.endswith("_std")):
         change = (kept[key] - first[key]) / max(abs(first[key]), 1e-9)
-        lines.append(f"    {key.removeprefix('eval_'):<12} {first[key]:8.3f} -> {kept[key]:.3f}  ({change:+.0%})")
-    return "\n".join([*lines, f'next: python sample.py --lora {run.folder} --prompt "a cat" --prompt "a panda"'])
+        name = key.removeprefix("eval_")
+        lines.append(f"    {name:<12} {first[key]:8.3f} -> {kept[key]:.3f}  ({change:+.0%})")
+    lines.append(f'next: python sample.py --lora {run.folder} --prompt "a cat" --prompt "a panda"')
+    return "\n".join(lines)
 
 
 def begin(run, description):
-    """What a loop does before its first epoch. Returns whether the run is over, as a resumed one may be."""
+    """What a loop does before its first epoch. Returns whether the run is over, as a resumed one
+    may be."""
     config = run.config
     if run.rank == 0:
         print(description, flush=True)
     if run.epoch == 0:
         log(run, {"epoch": 0, "images": 0} | evaluate(run, 0))
-    run.bar = tqdm(total=config.epochs, initial=run.epoch, desc=config.name, unit="epoch", disable=run.rank > 0)
+    run.bar = tqdm(
+        total=config.epochs, initial=run.epoch, desc=config.name, unit="epoch",
+        disable=run.rank > 0,
+    )  # fmt: skip
     return run.epoch >= config.epochs or guard(run.rows, config)[1]
 
 
 def end_epoch(run, row, clock, **state):
-    """What a loop does after an epoch's updates: evaluates, logs the row, saves. Returns whether the run is over.
+    """What a loop does after an epoch's updates: evaluates, logs the row, saves. Returns whether
+    the run is over.
 
-    clock: time.perf_counter() at the epoch's start. state: what the loop wants back in run.saved when it is
-    resumed."""
+    clock: time.perf_counter() at the epoch's start. state: what the loop wants back in run.saved
+    when it is resumed."""
     config, run.epoch = run.config, row["epoch"]
     last = run.epoch >= config.epochs
     if run.epoch % config.eval_every == 0 or last:

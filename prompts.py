@@ -93,7 +93,7 @@ def cut_prompts(tokenizer, prompts):
 
 
 def cut_notice(tokenizer, prompts):
-    """One line about the prompts that the tokenizer cuts, with an example. "" where it cuts none."""
+    """One line about the prompts that the tokenizer cuts, with an example. "" if it cuts none."""
     cut = cut_prompts(tokenizer, prompts)
     if not cut:
         return ""

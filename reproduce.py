@@ -39,7 +39,7 @@ from tqdm import tqdm
 import experiments
 import reproduce_figures
 from evaluate import guard
-from reproduce_figures import settings_of
+from reproduce_figures import headline, settings_of
 from run_folder import read_metrics
 from sample import is_emoji
 
@@ -66,8 +66,11 @@ def finished(folder, script="ddpo.py"):
     if not (folder / "config.json").exists():
         return False
     rows = read_metrics(folder / "metrics.jsonl")
+    if not rows:
+        return False
     config = settings_of(folder, import_module(Path(script).stem).Config)
-    if not rows or not (rows[-1]["epoch"] == config.epochs or guard(rows, config)[1]):
+    stopped = hasattr(config, "guard") and guard(rows, config)[1]  # control.py has no guard
+    if rows[-1]["epoch"] < config.epochs and not stopped:
         return False
     return (folder / "checkpoint" / f"epoch_{rows[-1]['epoch']:06d}.pt").exists()
 
@@ -222,7 +225,7 @@ def main(arguments=None):
         if shipped:
             insert_table(Path("results/README.md"), name, lines)
         if shipped and name == "rewards":
-            insert_table(Path("README.md"), "headline", reproduce_figures.headline(numbers))
+            insert_table(Path("README.md"), "headline", headline(numbers))
 
 
 if __name__ == "__main__":

@@ -166,7 +166,8 @@ def draw_rewards(runs, results, out):
 
 
 def headline(numbers):
-    """README.md's table, from the numbers of draw_rewards: means over seeds ± half the 95 % interval."""
+    """README.md's table, from the numbers of draw_rewards: means over seeds ± half the width of
+    the 95 % interval."""
     rows = []
     for reward in dict.fromkeys(name.split("-")[0] for name in numbers):
         runs = [run for name, run in numbers.items() if name.startswith(f"{reward}-")]

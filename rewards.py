@@ -34,6 +34,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import logging
 import math
 import os
 import random
@@ -258,6 +259,11 @@ OWN = (
     (working_folder, os.chdir),
     (lambda: list(sys.path), lambda value: replace(sys.path, value)),
     (lambda: list(warnings.filters), lambda value: replace(warnings.filters, value)),
+    (lambda: logging.root.level, logging.root.setLevel),
+    (lambda: list(logging.root.handlers), lambda value: replace(logging.root.handlers, value)),
+    (np.geterr, lambda value: np.seterr(**value)),
+    (lambda: torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+     lambda value: None if value is None else torch.cuda.set_device(value)),
 )
 # These change the numbers of all threads, and on a GPU a reward is computed while the next pictures
 # are sampled. So they are only put back, after the file and after each call.
@@ -267,6 +273,7 @@ SHARED = (
     (lambda: (torch.are_deterministic_algorithms_enabled(),
               torch.is_deterministic_algorithms_warn_only_enabled()),
      lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     (lambda: torch.backends.cudnn.deterministic,
      lambda value: setattr(torch.backends.cudnn, "deterministic", value)),
     (lambda: torch.backends.cudnn.benchmark,
@@ -294,7 +301,7 @@ class Guest:
 
     name: str
     folder: Path | None = None  # of a reward file, unless that lies among ours
-    names: frozenset = frozenset()  # of the modules and packages that may be in this folder
+    namesakes: frozenset = frozenset()  # names that are in this folder and among ours
     settings: list = field(default_factory=list)  # its values of OWN, once it has run
     modules: dict = field(default_factory=dict)  # what it has imported from its folder
 
@@ -302,8 +309,8 @@ class Guest:
     def at_work(self):
         ours, shared = [read() for read, _ in OWN], [read() for read, _ in SHARED]
         modules = sys.modules.copy()
-        hidden = {name: module for name, module in modules.items()
-                  if top_level(name) in self.names and source_folder(name) == HERE}
+        hidden = {name: modules[name] for name in (modules if self.namesakes else ())
+                  if top_level(name) in self.namesakes and source_folder(name) == HERE}
         say = functools.partial(tqdm.write, file=sys.stderr)  # around progress bars
         slow = threading.Timer(PATIENCE, say, [f"reward {self.name}: no answer for {PATIENCE} s; "
                                                "still waiting"])
@@ -357,7 +364,8 @@ def load_function(spec):
     folder, name = Path(file).resolve().parent, f"reward_{Path(file).stem}"
     guest = Guest(spec)
     if folder != HERE:
-        guest = Guest(spec, folder, frozenset(path.stem for path in folder.iterdir()))
+        theirs, ours = ({path.stem for path in place.iterdir()} for place in (folder, HERE))
+        guest = Guest(spec, folder, frozenset(theirs & ours))
     module_spec = importlib.util.spec_from_file_location(name, Path(file).resolve())
     module = importlib.util.module_from_spec(module_spec)
     try:
@@ -531,13 +539,11 @@ def check_rewards(name, values, images, prompts):
     """
     count = len(images)
     try:
-        if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
-            tensor = torch.from_numpy(values.astype(np.float32))  # any strides, any byte order
-        else:
-            tensor = torch.as_tensor(values, device="cpu").detach()
-        if tensor.is_complex():
-            raise TypeError("complex")
-        tensor = tensor.to(torch.float32, copy=True)
+        if isinstance(values, np.ndarray):
+            values = values.astype(np.float32, casting="same_kind")  # any strides, any byte order
+        elif isinstance(values, torch.Tensor) and values.is_complex():
+            raise TypeError
+        tensor = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach().clone()
     except Exception:  # TypeError, ValueError, RuntimeError, and those of strange containers
         what = f"{type(values).__name__} {' '.join(repr(values).split()):.80}"
         raise RewardError(f"reward {name}: returned {what}; return one number an image, {count} in "

@@ -1,10 +1,10 @@
-"""What a run leaves on disk: weights that load in plain diffusers, checkpoints that survive a kill and
-a power cut, curves and pictures.
+"""What a run leaves on disk: weights that load in plain diffusers, checkpoints that survive a kill
+and a power cut, curves and pictures.
 
     runs/<name>/config.json                        every setting
                 metrics.jsonl                      one row an epoch; the README defines every key
                 rewards.png, progress.png          curves; the same prompts and seeds, by evaluation
-                pytorch_lora_weights.safetensors   for pipe.load_lora_weights(folder); or unet/, all of it
+                pytorch_lora_weights.safetensors   for pipe.load_lora_weights(folder); or unet/
                 checkpoint/epoch_*.pt              the last two, for --resume
                 lock                               while a process writes the run
 """
@@ -26,6 +26,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 
+from models import network_name
 from prompts import set_names
 
 LOCKS = {}  # folder of a run that this process writes -> its open lock file
@@ -67,7 +68,7 @@ def write_whole(path, content):
 
 
 def append(path, line):
-    """Add a line to a file, and wait until it is on the disk. Raises OSError, which names the file."""
+    """Add a line to a file and wait until it is on the disk. Raises OSError, which names the file."""
     try:
         with open(path, "a") as file:
             file.write(line + "\n")
@@ -100,15 +101,18 @@ def reserved(folder):
         except FileNotFoundError:  # another process has just removed what it had made
             continue
         except OSError as error:
-            raise ValueError(f"{folder}: cannot be written ({one_line(error)}); choose another --out") from None
+            raise ValueError(f"{folder}: cannot be written ({one_line(error)}); choose another "
+                             "--out") from None
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             owner = file.read().strip() or "another process"
-            raise ValueError(f"{folder}: {owner} is writing this run; wait for it, or choose another --name") from None
-        except OSError as error:
-            print(f"{folder}: cannot be locked ({one_line(error)}); see to it that one process writes it", file=sys.stderr)
+            raise ValueError(f"{folder}: {owner} is writing this run; wait for it, or choose "
+                             "another --name") from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{folder}: cannot be locked ({one_line(error)}); see to it that one process "
+                  "writes it", file=sys.stderr)
         with contextlib.suppress(FileNotFoundError):
             # a process that removed its lock after we opened it has left us a file without a name
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
@@ -135,29 +139,31 @@ def release(folder):
 
 
 def save_weights(pipeline, config, folder):
-    """In diffusers' own formats, so that the result loads anywhere; written aside first, then moved into place."""
-    from diffusers.utils import convert_state_dict_to_diffusers
+    """In diffusers' own formats, so that the result loads anywhere; written aside first, then moved
+    into place."""
     from peft import get_peft_model_state_dict
 
+    name = network_name(pipeline)
     folder.mkdir(exist_ok=True)
     run = folder.parent if folder.name == "last" else folder
     scratch = folder / "weights.tmp"
-    target = folder if config.lora_rank else folder / "unet"
+    target = folder if config.lora_rank else folder / name
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         if config.lora_rank:
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-            pipeline.save_lora_weights(scratch, unet_lora_layers=layers)
+            # keys as peft has them, for every layer: of a file with two styles of keys diffusers drops one
+            layers = get_peft_model_state_dict(getattr(pipeline, name))
+            pipeline.save_lora_weights(scratch, **{f"{name}_lora_layers": layers})
         else:
-            pipeline.unet.save_pretrained(scratch)
+            getattr(pipeline, name).save_pretrained(scratch)
         target.mkdir(exist_ok=True)
         for file in sorted(scratch.iterdir()):  # config.json comes before the weights
             sync(file)
             os.replace(file, target / file.name)
         sync(target), sync(target.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"{target}: weights cannot be written ({error}); the checkpoint before is intact: make room, then "
-                      f"--resume {run}") from error
+        raise OSError(f"{target}: weights cannot be written ({error}); the checkpoint before is "
+                      f"intact: make room, then --resume {run}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -170,7 +176,8 @@ def save_checkpoint(folder, state):
     try:
         write_whole(path, lambda file: torch.save(state, file))
     except OSError as error:
-        raise OSError(f"{error}; the checkpoint before is intact: make room, then --resume {folder.parent}") from error
+        raise OSError(f"{error}; the checkpoint before is intact: make room, then --resume "
+                      f"{folder.parent}") from error
     for old in sorted(folder.glob("epoch_*.pt"))[:-2]:
         old.unlink()
 
@@ -178,33 +185,35 @@ def save_checkpoint(folder, state):
 def load_checkpoint(folder):
     """The newest checkpoint that is whole, or None where there is none.
 
-    A damaged one is passed over, with a line, for the one before. Raises ValueError if there are some
-    and none can be read: to begin again would overwrite what they are of.
+    A damaged one is passed over, with a line, for the one before. Raises ValueError if there are
+    some and none can be read: to begin again would overwrite what they are of.
     """
     folder = Path(folder)
     try:
-        names = sorted((name for name in os.listdir(folder) if name.startswith("epoch_") and name.endswith(".pt")), reverse=True)
+        names = sorted(os.listdir(folder), reverse=True)
     except FileNotFoundError:
-        names = []
+        return None
     except OSError as error:
         raise ValueError(f"{folder}: cannot be read ({one_line(error)}); make it readable") from None
-    for name in names:
+    paths = [folder / name for name in names if name.startswith("epoch_") and name.endswith(".pt")]
+    for path in paths:
         try:
-            file = open(folder / name, "rb")
+            file = open(path, "rb")
         except OSError as error:
-            raise ValueError(f"{folder / name}: cannot be read ({one_line(error)}); make it readable, or move it away "
-                             "to go on from the one before") from None
+            raise ValueError(f"{path}: cannot be read ({one_line(error)}); make it readable, or move "
+                             "it away to go on from the one before") from None
         with file:
             try:
-                with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums in it
+                with zipfile.ZipFile(file) as archive:  # torch.load ignores the checksums in it
                     if wrong := archive.testzip():
                         raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
                 file.seek(0)
                 return torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:  # a damaged zip raises whatever part of it is missed first
-                print(f"{folder / name}: damaged ({type(error).__name__}), going back to the one before", file=sys.stderr)
-    if names:
-        raise ValueError(f"{folder / names[0]}: damaged, and there is no other that can be read; bring back a copy of "
+                print(f"{path}: damaged ({type(error).__name__}), going back to the one before",
+                      file=sys.stderr)
+    if paths:
+        raise ValueError(f"{paths[0]}: damaged, and no other can be read; bring back a copy of "
                          f"{folder}, or begin anew with another --name")
     return None
 
@@ -213,28 +222,33 @@ def read_config(folder):
     """The settings of a run, a dict. Where config.json is empty or missing, they are those of the
     newest checkpoint. Raises ValueError, one line."""
     path = Path(folder) / "config.json"
-    try:
-        content = path.read_bytes() if path.exists() else b""
-        if not content.strip(EMPTY):
-            saved = load_checkpoint(path.parent / "checkpoint")
-            if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-                raise ValueError(f"{path}: {'empty, and there is no checkpoint; delete the folder' if path.exists() else 'there is none'}; "
-                                 "give the folder of a run, such as runs/compress")
-            print(f"{path}: {'empty' if path.exists() else 'missing'}; the settings are those of the checkpoint", file=sys.stderr)
-            return saved["config"]
-        settings = json.loads(content)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({one_line(error)}); make it readable") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({one_line(error)}); mend it, or delete it: the checkpoint has the settings, too") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: holds {type(settings).__name__}, not settings; mend it, or delete it: the checkpoint has them, too")
-    return settings
+    state, cure = "missing", "give the folder of a run, such as runs/compress"
+    if path.exists():
+        state, cure = "empty", "without a checkpoint nothing is lost: delete the folder"
+        try:
+            content = path.read_bytes()
+            settings = json.loads(content) if content.strip(EMPTY) else None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({one_line(error)}); make it readable") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({one_line(error)}); mend it, or delete it, since "
+                             "the checkpoint has the settings, too") from None
+        if content.strip(EMPTY):
+            if not isinstance(settings, dict):
+                raise ValueError(f"{path}: not settings but of type {type(settings).__name__}; mend "
+                                 "it, or delete it, since the checkpoint has the settings, too")
+            return settings
+    saved = load_checkpoint(path.parent / "checkpoint")
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+        raise ValueError(f"{path}: {state}; {cure}")
+    print(f"{path}: {state}; the settings are those of the checkpoint", file=sys.stderr)
+    return saved["config"]
 
 
 def row_line(row):
-    """A row of metrics.jsonl. JSON has no infinity, which is the gradient's norm where fp16 overflowed."""
-    return json.dumps({key: value if value is None or math.isfinite(value) else None for key, value in row.items()})
+    """A row of metrics.jsonl. JSON has no infinity, as the gradient's norm is where fp16 overflows."""
+    return json.dumps({key: value if value is None or math.isfinite(value) else None
+                       for key, value in row.items()})
 
 
 def read_metrics(path):
@@ -252,32 +266,41 @@ def read_metrics(path):
         except (ValueError, TypeError, KeyError):
             if number == len(lines):
                 break
-            raise ValueError(f"{path} lacks rows: line {number} is damaged; mend it, or begin anew with another --name") from None
+            raise ValueError(f"{path} lacks rows: line {number} is damaged; mend it, or begin anew "
+                             "with another --name") from None
         rows[row["epoch"]] = row
     return [rows[epoch] for epoch in sorted(rows)]
 
 
 def plot_rewards(rows, config, path):
-    """A panel for the trained reward and one for each thing that is watched; in each a line for every set of prompts looked at."""
+    """A panel for the trained reward and one for each watched metric; in each a line for every set of
+    prompts that is evaluated."""
     import matplotlib
 
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 
-    views = ["eval", *(f"eval_{name}" for name in set_names(config.eval_prompts))] + ["eval_eta0"] * config.eval_deterministic
-    metrics = [key.removeprefix("eval_") for key in rows[0] if key.startswith("eval_") and not key.endswith("_std")
+    views = ["eval", *(f"eval_{name}" for name in set_names(config.eval_prompts))]
+    views += ["eval_eta0"] * config.eval_deterministic
+    metrics = [key.removeprefix("eval_") for key in rows[0]
+               if key.startswith("eval_") and not key.endswith("_std")
                and not any(key.startswith(view + "_") for view in views[1:])]
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.2 * len(metrics), 3.2), squeeze=False)
     trained = [row for row in rows if "reward_mean" in row]
-    axes[0, 0].plot([row["images"] for row in trained], [row["reward_mean"] for row in trained], alpha=0.5, label="sampled")
+    axes[0, 0].plot([row["images"] for row in trained], [row["reward_mean"] for row in trained],
+                    alpha=0.5, label="sampled")
     for axis, metric in zip(axes[0], metrics):
         for view in views:
-            looks = [row for row in rows if f"{view}_{metric}" in row]
-            label = "fixed prompts and seeds" if view == "eval" else view.removeprefix("eval_").replace("eta0", "η = 0")
-            axis.plot([row["images"] for row in looks], [row[f"{view}_{metric}"] for row in looks], "o-", label=label)
+            evaluated = [row for row in rows if f"{view}_{metric}" in row]
+            label = view.removeprefix("eval_").replace("eta0", "η = 0")
+            axis.plot([row["images"] for row in evaluated],
+                      [row[f"{view}_{metric}"] for row in evaluated], "o-",
+                      label="fixed prompts and seeds" if view == "eval" else label)
         if config.guard and f"eval_{metric}_std" in rows[0]:
-            axis.axhline(rows[0][f"eval_{metric}"] - config.guard * rows[0][f"eval_{metric}_std"], color="gray", ls=":", label="guard")
-        axis.set(title=f"{config.reward} (trained)" if metric == "reward" else metric, xlabel="images sampled")
+            floor = rows[0][f"eval_{metric}"] - config.guard * rows[0][f"eval_{metric}_std"]
+            axis.axhline(floor, color="gray", ls=":", label="guard")
+        axis.set(title=f"{config.reward} (trained)" if metric == "reward" else metric,
+                 xlabel="images sampled")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()
@@ -291,7 +314,13 @@ def open_tracker(config, folder):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(folder / "tensorboard")
-        return lambda row, epoch: [writer.add_scalar(key, value, epoch) for key, value in row.items()] and writer.flush()
+
+        def track(row, epoch):
+            for key, value in row.items():
+                writer.add_scalar(key, value, epoch)
+            writer.flush()
+
+        return track
     if config.tracker == "wandb":
         import wandb
 
@@ -301,30 +330,36 @@ def open_tracker(config, folder):
 
 
 def wrapped(label, font, width, lines):
-    """The label in at most so many lines of as many letters as have room, at its average letter's width."""
+    """The label in at most so many lines of as many letters as have room, at its average letter's
+    width."""
     letters = int(0.95 * width * len(label) / (font.getlength(label) or 1))
     return "\n".join(textwrap.wrap(label, max(1, letters), max_lines=lines, placeholder="…"))
 
 
 def picture_grid(rows, row_labels=None, column_labels=None, cell=None):
-    """A PIL picture: rows is a list of (columns, 3, H, W) uint8 tensors; labels stand on the left and on top."""
+    """A PIL picture: rows is a list of (columns, 3, H, W) uint8 tensors; labels stand on the left and
+    on top."""
     cell = cell or max(96, rows[0].shape[-1] // 2)
     font = ImageFont.load_default(size=max(12, cell // 8))
     names = [wrapped(label, font, 2 * cell, 4) for label in row_labels or []]
     titles = [wrapped(label, font, cell, 2) for label in column_labels or []]
-    left = 12 + max(int(font.getlength(line)) for name in names for line in name.split("\n")) if names else 0
+    widths = [int(font.getlength(line)) for name in names for line in name.split("\n")]
+    left = 12 + max(widths) if names else 0
     top = cell // 6 * max(title.count("\n") + 1 for title in titles) if titles else 0
-    columns = max(len(row) for row in rows)
-    grid = Image.new("RGB", (left + columns * (cell + 2), top + len(rows) * (cell + 2)), "white")
+    columns, step = max(len(row) for row in rows), cell + 2
+    grid = Image.new("RGB", (left + columns * step, top + len(rows) * step), "white")
     draw = ImageDraw.Draw(grid)
     for j, title in enumerate(titles):
-        draw.text((left + j * (cell + 2) + cell // 2, top // 2), title, "black", font, anchor="mm", align="center")
+        place = left + j * step + cell // 2, top // 2
+        draw.text(place, title, "black", font, anchor="mm", align="center")
     for i, row in enumerate(rows):
         if names:
-            draw.text((left - 6, top + i * (cell + 2) + cell // 2), names[i], "black", font, anchor="rm", align="right")
+            place = left - 6, top + i * step + cell // 2
+            draw.text(place, names[i], "black", font, anchor="rm", align="right")
         for j, image in enumerate(row):
-            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((cell, cell), Image.Resampling.LANCZOS)
-            grid.paste(picture, (left + j * (cell + 2), top + i * (cell + 2)))
+            picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            picture = picture.resize((cell, cell), Image.Resampling.LANCZOS)
+            grid.paste(picture, (left + j * step, top + i * step))
     return grid
 
 
@@ -335,7 +370,8 @@ def save_picture(picture, path):
 def draw_progress(folder, epoch, most=20):
     """progress.png: a strip for each evaluation up to this epoch; where there are more than `most`,
     evenly chosen ones, with the first and the last."""
-    paths = sorted(path for path in (folder / "progress").glob("*.png") if path.stem.isdecimal() and int(path.stem) <= epoch)
+    paths = sorted((folder / "progress").glob("*.png"))
+    paths = [path for path in paths if path.stem.isdecimal() and int(path.stem) <= epoch]
     if len(paths) > most:
         paths = [paths[i * (len(paths) - 1) // (most - 1)] for i in range(most)]
     strips = []
@@ -344,8 +380,10 @@ def draw_progress(folder, epoch, most=20):
             with Image.open(path) as strip:
                 strips.append(strip.convert("RGB"))
         except Exception as error:  # Pillow raises many kinds for a picture that is damaged
-            print(f"{path}: not a picture ({type(error).__name__}); left out of progress.png", file=sys.stderr)
-    sheet = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+            print(f"{path}: not a picture ({type(error).__name__}); left out of progress.png",
+                  file=sys.stderr)
+    width, height = max(strip.width for strip in strips), sum(strip.height for strip in strips)
+    sheet = Image.new("RGB", (width, height), "white")
     top = 0
     for strip in strips:
         sheet.paste(strip, (sheet.width - strip.width, top))

@@ -1,23 +1,26 @@
-"""RWR: reward-weighted regression on the model's own pictures, the baseline of the DDPO paper (arXiv 2305.13301, sec. 4.2).
+"""RWR: reward-weighted regression on the model's own pictures (the baseline of arXiv 2305.13301, sec. 4.2).
 
     python rwr.py --reward compress                       every picture counts, good ones more
     python rwr.py --reward compress --weights sparse      only the best count
     python rwr.py --resume runs/compress-rwr
 
-Supervised learning with a twist: sample pictures, weigh each by its reward, and train on them as on any data set, with the
-ordinary denoising loss. Then sample anew from the better model.
+Sample pictures, weigh each by its reward, and train on them as on any data set, with the ordinary
+denoising loss. Then sample anew from the better model.
 
     RWR          w = exp(β r) / Z(c)                        Z: so that the mean weight is 1
     RWR-sparse   w = 1 / top where r is in the top 10 %, else 0
     loss         E[ w(x_0, c) ‖ε − ε̂_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t, c)‖² ],   t uniform, ε normal
 
-To maximise E[w log p(x_0 | c)] would be right, but a diffusion model does not know log p(x_0 | c): the loss stands in for it, being
-a bound. DDPO needs no such thing, since it takes the steps, whose likelihoods are known, for the actions (`ddpo.py`).
+To maximise E[w log p(x_0 | c)] would be right, but a diffusion model does not know log p(x_0 | c). The
+loss takes its place as a bound. DDPO needs no bound: its actions are the steps, whose likelihoods are
+known (`ddpo.py`).
 
-`--beta 0` is the control: all weights are 1, the reward has no say, and the pictures change all the same. A guided prediction is not
-the denoiser of the pictures that it draws, so fitting it to them moves it: the emoji model's wash out and become smaller files
-(with --no-train-guidance larger ones). Drawn without guidance, in few steps, they are smoother than the data that the model comes from, so
-each generation is smoother than the last. What the reward adds is the difference to the control (`python reproduce.py algorithms`).
+`--beta 0` is the control: all weights are 1, the reward has no influence, and the pictures change all the
+same. A guided prediction is not the denoiser of the pictures that it draws, so fitting it to them moves
+it: the pictures of the emoji model wash out and become smaller files (with --no-train-guidance larger
+ones). Pictures drawn without guidance, in few steps, are smoother than the data that the model was
+trained on, so each generation is smoother than the last. The effect of the reward is the difference to
+the control (`python reproduce.py algorithms`).
 """
 
 import time
@@ -29,32 +32,33 @@ import settings
 from ddpo import batch_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from sample import encode_prompts, is_emoji, predict
-from settings import Settings, check_choices, refuse
-from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce, reward_row,
-                      seeded, shard, start, time_row)
+from models import denoiser, is_emoji
+from sample import noised, predict
+from settings import Settings, above_zero, at_least, check_choices, refuse
+from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce,
+                      reward_row, seeded, shard, start, time_row, training_inputs)
 
 
 @dataclass
 class Config(Settings):
-    """The shared settings (settings.py), and RWR's own. An epoch makes updates · inner_epochs updates of
-    images / updates pictures each."""
+    """The shared settings (settings.py), and RWR's own. An epoch makes updates · inner_epochs updates
+    of images / updates pictures each."""
 
     # RWR
     weights: str = "exp"  # exp (RWR), sparse (RWR-sparse)
-    beta: float = 2.0  # in exp(β r): 1/temperature, with r in standard deviations, see `weigh`
+    beta: float = 2.0  # in exp(β r): 1/temperature, with r in standard deviations, see weigh
     top: float = 0.1  # share of the pictures that RWR-sparse trains on
     per_prompt: bool = True  # weigh a picture among those of its prompt, not among all of the epoch
-    inner_epochs: int = 5  # passes over the pictures, with new t and ε each time: as many network rows
-        # as ddpo.py's 5 steps of each picture
-    lr: float = 0.0  # 0: that of ddpo.py, but a quarter of it on the emoji model, whose pictures wash
-        # out above
+    inner_epochs: int = 5  # passes over the pictures, with new t and ε each time: as many network
+        # rows as ddpo.py's 5 steps of each picture
+    lr: float = 0.0  # 0: that of ddpo.py, but a quarter of it on the emoji models, whose pictures
+        # wash out above
 
 
-# The paper: 10k pictures an iteration, 400 updates of 128. Here a tenth of the pictures, in groups, because
-# weights compare the pictures of a prompt.
-PRESETS = {name: preset and preset | dict(images=1024, updates=8, group_size=4, epochs=20, eval_every=2,
-                                          checkpoint_every=1)
+# The paper: 10k pictures an iteration, 400 updates of 128. Here a tenth of the pictures, in groups,
+# because weights compare the pictures of a prompt.
+PRESETS = {name: preset and preset | dict(images=1024, updates=8, group_size=4, epochs=20,
+                                          eval_every=2, checkpoint_every=1)
            for name, preset in settings.PRESETS.items()}
 
 
@@ -64,7 +68,8 @@ def exp_weights(rewards, beta):
 
 
 def sparse_weights(rewards, top):
-    """(n,) the same for each of the best, as many as `top` says and those that tie with the last of them; 0 for the others. Mean 1."""
+    """(n,) equal weights for the best, as many as `top` says and those that tie with the last of them;
+    0 for the others. Mean 1."""
     count = max(1, round(top * len(rewards)))
     best = (rewards >= rewards.topk(count).values[-1]).to(rewards.dtype)
     return best / best.mean()
@@ -73,42 +78,45 @@ def sparse_weights(rewards, top):
 def weigh(rewards, prompts, config):
     """(n,) weights of mean 1: over the epoch's pictures, or over those of each prompt.
 
-    β multiplies rewards in units of their standard deviation, over the epoch and, per prompt, around each prompt's mean. The
-    paper's β = 0.2 multiplied them as they are: with kilobytes of a 512-pixel JPEG a picture that is 10 kB smaller weighs e² as
-    much, with aesthetic points nearly all weigh the same.
+    β multiplies rewards in units of their standard deviation, over the epoch and, per prompt, around
+    each prompt's mean. The paper's β = 0.2 multiplied the rewards themselves: with kilobytes of a
+    512-pixel JPEG, a picture that is 10 kB smaller weighs e² as much; with aesthetic points nearly all
+    pictures weigh the same.
     """
     groups = [torch.arange(len(prompts))]
     if config.per_prompt:
-        groups = [torch.tensor([i for i, other in enumerate(prompts) if other == prompt]) for prompt in dict.fromkeys(prompts)]
+        groups = [torch.tensor([i for i, other in enumerate(prompts) if other == prompt])
+                  for prompt in dict.fromkeys(prompts)]
     rewards, weights = rewards.clone(), torch.empty_like(rewards)
     for group in groups:
         rewards[group] -= rewards[group].mean()
     rewards /= rewards.std(correction=0) + 1e-6
     for group in groups:
-        weights[group] = exp_weights(rewards[group], config.beta) if config.weights == "exp" else sparse_weights(rewards[group], config.top)
+        if config.weights == "exp":
+            weights[group] = exp_weights(rewards[group], config.beta)
+        else:
+            weights[group] = sparse_weights(rewards[group], config.top)
     return weights
 
 
-def denoising_loss(pipeline, clean, noise, timesteps, prompt_embeds, negative_embeds=None, guidance_scale=None, dtype=torch.float32):
-    """(B,) mean_D ‖target − guided prediction‖², what every diffusion model is trained on. clean: x_0, (B, C, H, W); timesteps: (B,)."""
-    alpha_bar = pipeline.scheduler.alphas_cumprod.to(clean.device)[timesteps].view(-1, 1, 1, 1)  # ᾱ_t
-    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    targets = {"epsilon": noise, "v_prediction": signal * noise - sigma * clean, "sample": clean}
-    output = predict(pipeline.unet, signal * clean + sigma * noise, timesteps, prompt_embeds, negative_embeds, dtype)
-    error = guided(output, guidance_scale) - targets[pipeline.scheduler.config.prediction_type]
-    return error.square().flatten(1).mean(1)
+def denoising_loss(pipeline, clean, noise, timesteps, prompt_embeds, negative_embeds=None,
+                   guidance_scale=None, dtype=torch.float32):
+    """(B,) mean_D ‖target − guided prediction‖², the loss of every diffusion model.
+
+    clean: x_0, (B, C, H, W); noise: like it; timesteps: (B,), of those of the pipeline's scheduler."""
+    x, target, _ = noised(pipeline.scheduler, clean, noise, timesteps)
+    output = predict(denoiser(pipeline), x, timesteps, prompt_embeds, negative_embeds, dtype)
+    return (guided(output, guidance_scale) - target).square().flatten(1).mean(1)
 
 
 def check(config):
-    """Fills in the settings that follow from others. Raises ValueError, one line, for what cannot work."""
+    """Fills in the settings that follow from others. Raises ValueError, one line, for bad ones."""
     check_choices(config, weights=("exp", "sparse"))
-    if not config.beta >= 0:
-        refuse(config, "beta", "must not be negative")
-    if not 0 < config.top <= 1:
-        refuse(config, "top", "must be above 0 and at most 1")
+    at_least(config, 0, "beta")
+    above_zero(config, "top", at_most=1)
     if config.per_prompt and config.group_size == 1:
-        refuse(config, "group_size", "a picture that is alone with its prompt always weighs 1; choose at "
-               "least 2, or --no-per-prompt")
+        refuse(config, "group_size", "a picture that is alone with its prompt always weighs 1; choose "
+               "at least 2, or --no-per-prompt")
     suffix = "" if config.name else "-rwr-sparse" if config.weights == "sparse" else "-rwr"
     slower = 4 if config.lr == 0 and is_emoji(config.model) else 1
     config = settings.check(config)
@@ -118,7 +126,6 @@ def check(config):
 
 
 def parse_config(arguments):
-    """(Config, resume) from the command line."""
     return settings.parse_config(arguments, Config, PRESETS, __doc__)
 
 
@@ -136,8 +143,7 @@ def fit(run):
     config, device, pipeline = run.config, run.device, run.pipeline
     pairs = config.images // config.updates  # (picture, t, ε) of an update, over all processes
     updates = config.updates * config.inner_epochs  # of an epoch
-    guidance_scale = config.guidance_scale if config.train_guidance and config.guidance_scale > 1 else None
-    total = pipeline.scheduler.config.num_train_timesteps
+    timesteps = pipeline.scheduler.timesteps.sort().values  # all of the network's, not the sampler's
 
     over = begin(run, describe(run, updates, pairs, "(picture, t, ε)"))
     while not over:
@@ -145,43 +151,44 @@ def fit(run):
 
         # 1. sample, 2. reward
         prompts, trajectories, scores, seconds = collect(run, epoch)
-        clean = torch.cat(gather([trajectories.latents[:, -1].cpu().clone()]))  # (images, C, H, W): x_0 of all processes
+        clean = torch.cat(gather([trajectories.latents[:, -1].cpu().clone()]))  # (images, C, H, W)
         del trajectories  # how the pictures came about is of no use here
 
-        # 3. weights: each part of a mixture in its own units
-        rewards = sum(weight * batch_advantages(scores[name]) for name, weight in run.components.items())
+        # 3. weights: each component of a mixture in its own units
+        rewards = sum(weight * batch_advantages(scores[name])
+                      for name, weight in run.components.items())
         weights = weigh(rewards, prompts, config)
-        chosen = weights.nonzero().flatten()  # no pass through the network for what counts nothing
-        share = len(chosen) / len(weights)  # the mean over the chosen, times this, is the mean over all
+        chosen = weights.nonzero().flatten()  # no pass through the network for a weight of 0
+        share = len(chosen) / len(weights)  # the mean over the chosen, times this, is that over all
 
         # 4. update
-        negative_embeds = encode_prompts(pipeline, [""], run.cache) if guidance_scale else None
         losses, grad_norms = torch.zeros((), device=device), []
         updating = progress_bar(run, "updating", updates * len(shard(run, pairs)))
-        for inner in range(config.inner_epochs):
-            order = chosen[torch.randperm(len(chosen), generator=seeded(config.seed, epoch, 2, inner))]
-            order = order.repeat(-(-config.images // len(chosen)))[:config.images]  # as many pairs, whatever the weights
-            for update, indices in enumerate(order.split(pairs)):
-                generator = seeded(config.seed, epoch, 3, inner, update)
-                timesteps = torch.randint(total, (pairs,), generator=generator)
-                noise = torch.randn(pairs, *clean.shape[1:], generator=generator)
-                for mine in shard(run, pairs).split(config.train_batch):
-                    index = indices[mine]
-                    prompt_embeds = encode_prompts(pipeline, [prompts[i] for i in index], run.cache)
-                    loss = denoising_loss(pipeline, clean[index].to(device), noise[mine].to(device), timesteps[mine].to(device),
-                                          prompt_embeds, negative_embeds, guidance_scale, run.dtype)
-                    loss = (share * weights[index].to(device) * loss).sum() / pairs
-                    run.scaler.scale(loss).backward()
-                    losses += loss.detach()
-                    updating.update(len(mine))
-                grad_norms.append(apply_gradients(run))
+        for update in range(updates):
+            inner, part = divmod(update, config.updates)
+            order = torch.randperm(len(chosen), generator=seeded(config.seed, epoch, 2, inner))
+            order = chosen[order].repeat(-(-config.images // len(chosen)))[:config.images]
+            generator = seeded(config.seed, epoch, 3, inner, part)
+            t = timesteps[torch.randint(len(timesteps), (pairs,), generator=generator)]
+            noise = torch.randn(pairs, *clean.shape[1:], generator=generator)
+            for mine in shard(run, pairs).split(config.train_batch):
+                index = order[part * pairs + mine]  # which pictures
+                embeds = training_inputs(run, [prompts[i] for i in index])
+                loss = denoising_loss(pipeline, clean[index].to(device), noise[mine].to(device),
+                                      t[mine].to(device), *embeds, run.dtype)
+                loss = (share * weights[index].to(device) * loss).sum() / pairs
+                run.scaler.scale(loss).backward()
+                losses += loss.detach()
+                updating.update(len(mine))
+            grad_norms.append(apply_gradients(run))
         updating.close()
 
         # 5. log
         row = {"epoch": epoch, "images": epoch * config.images} | reward_row(run, scores)
-        row |= {"loss": (reduce(losses) / updates).item(), "grad_norm": sum(grad_norms) / len(grad_norms), "weight_max": weights.max().item(),
-                "weight_share": (weights.sum()**2 / (len(weights) * weights.square().sum())).item()}  # effective sample size / n: (Σw)² / (n Σw²)
-        row |= time_row(run, clock, *seconds)
+        row |= {"loss": (reduce(losses) / updates).item(),
+                "grad_norm": sum(grad_norms) / len(grad_norms), "weight_max": weights.max().item()}
+        effective = weights.sum()**2 / weights.square().sum()  # sample size, (Σw)² / Σw²
+        row |= {"weight_share": (effective / len(weights)).item()} | time_row(run, clock, *seconds)
         over = end_epoch(run, row, clock)
     return finish(run)
 

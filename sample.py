@@ -25,8 +25,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import (DTYPES, autocast, decode, default_device, encode_prompts, first_line, is_emoji,
-                    latents_shape, load_pipeline, load_tuned, predict)  # first: it quiets the libraries
+from models import (DTYPES, autocast, condition, decode, default_device, denoiser, encode_prompts,
+                    first_line, is_emoji, latents_shape, load_pipeline, load_tuned, predict,
+                    schedule_inputs)  # first: it quiets the libraries
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -210,6 +211,18 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
     return timesteps, table
 
 
+def step_weights(table, policy_steps, kind):
+    """(T,) factors of the steps' losses, of mean 1 over the trained ones.
+
+    ∂ log p / ∂ output is z c_o / σ. Under Stable Diffusion's schedule |c_o / σ| is nearly even (0.6 to
+    1.1 at T = 20), but 5.4 in the last but one: that step, which decides details at most, has the
+    largest gradient. "equal" divides by the factor."""
+    weights = torch.ones_like(table[:, 0])
+    if kind == "equal":
+        weights[policy_steps] = (table[:, 2] / table[:, 1].abs())[policy_steps]
+    return weights / weights[policy_steps].mean()
+
+
 def ddim_step(output, latents, coefficients, next_latents=None, generator=None, guidance_scale=None,
               noise=None):
     """One stochastic step (Eq. 12), and the log-density of the step taken: (next_latents, log_prob (B,)).
@@ -245,11 +258,11 @@ def signal_and_noise(scheduler, timesteps):
 def noised(scheduler, clean, noise, timesteps):
     """(x_t, the network's target, |∂x̂_0 / ∂output| (B,)). clean: x_0, (B, C, H, W); timesteps: (B,)."""
     signal, sigma = signal_and_noise(scheduler, timesteps)
-    kind = getattr(scheduler.config, "prediction_type", "flow")  # flow schedulers have but one
+    kind = scheduler.config.get("prediction_type", "flow")  # flow-matching schedulers know no other
     target, slope = {"epsilon": (noise, sigma / signal),
-                     "v_prediction": (signal * noise - sigma * clean, sigma),
+                     "v": (signal * noise - sigma * clean, sigma),
                      "sample": (clean, torch.ones_like(sigma)),
-                     "flow": (noise - clean, sigma / (signal + sigma))}[kind]
+                     "flow": (noise - clean, sigma / (signal + sigma))}[kind.removesuffix("_prediction")]
     return signal * clean + sigma * noise, target, slope.flatten()
 
 
@@ -259,24 +272,22 @@ def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta
     """Sample one picture a prompt and keep the whole trajectory. guidance_scale <= 1 means no guidance (and half the work).
 
     generator: a torch.Generator, or one for each prompt (then a picture does not depend on its batch).
-    eta, sampler: see ddim_table. dtype: what the UNet computes in, by autocast (default: that of its weights); the
+    eta, sampler: see ddim_table. dtype: what the network computes in, by autocast (default: that of its weights); the
     trajectory itself is float32. on_step: called after each step, for a progress bar. cache: see encode_prompts.
     step: what takes a step (default: `guided_step`; or a `GraphedStep`, which launches faster).
     """
-    unet, device = pipeline.unet, pipeline.unet.device
-    timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta, sampler)
+    network = denoiser(pipeline)
+    device = network.device
+    timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta, sampler, **schedule_inputs(pipeline, num_steps))
     table = table.to(device)  # all that a step needs of the scheduler: no gather on the CPU, no wait for the GPU
-    guided = guidance_scale is not None and guidance_scale > 1
-    prompt_embeds = encode_prompts(pipeline, prompts, cache)
-    negative_embeds = encode_prompts(pipeline, [""], cache) if guided else None
-
+    prompt_embeds, negative_embeds, guidance_scale = condition(pipeline, prompts, guidance_scale, cache)
     shape = (len(prompts), *latents_shape(pipeline))
     latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     trajectory, log_probs = [latents], []
     for t, coefficients in zip(timesteps.to(device), table):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents, log_prob = (step or guided_step)(unet, latents, t.expand(len(prompts)), coefficients, noise, prompt_embeds, negative_embeds,
-                                                  guidance_scale if guided else None, dtype or unet.dtype)
+        latents, log_prob = (step or guided_step)(network, latents, t.expand(len(prompts)), coefficients, noise,
+                                                  prompt_embeds, negative_embeds, guidance_scale, dtype or network.dtype)
         trajectory.append(latents)
         log_probs.append(log_prob)
         if on_step:
@@ -284,14 +295,14 @@ def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta
     return Trajectories(torch.stack(trajectory, 1), torch.stack(log_probs, 1), timesteps, decode(pipeline, latents), list(prompts))
 
 
-def guided_step(unet, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
+def guided_step(network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
     """Predict, guide, step, score: (next_latents, log_prob (B,)). Nothing in it waits for the GPU."""
-    output = predict(unet, latents, timesteps, prompt_embeds, negative_embeds, dtype)
+    output = predict(network, latents, timesteps, prompt_embeds, negative_embeds, dtype)
     return ddim_step(output, latents, coefficients, guidance_scale=guidance_scale, noise=noise)
 
 
 class GraphedStep:
-    """guided_step as one CUDA graph: a launch for the whole UNet and the step instead of one for each of its operations.
+    """guided_step as one CUDA graph: a launch for the whole network and the step instead of one for each of its operations.
 
     A graph replays on fixed addresses: inputs are copied into those that it was captured with, weights are read where they
     are (so they may be trained in between, but not replaced), and a batch of another size has a graph of its own.
@@ -300,23 +311,26 @@ class GraphedStep:
     def __init__(self):
         self.graphs = {}
 
-    def __call__(self, unet, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
+    def __call__(self, network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale,
+                 dtype):
         inputs = [latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds]
-        key = (latents.shape, prompt_embeds.shape, guidance_scale, dtype)
+        tensors = [value for entry in inputs for value in (entry.values() if isinstance(entry, dict) else [entry])]
+        key = (*(value if value is None else value.shape for value in tensors), guidance_scale, dtype)
         if key not in self.graphs:
-            fixed = [value if value is None else value.clone() for value in inputs]
+            fixed = copy.deepcopy(inputs)
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries choose and compile their kernels in the first calls
                 for _ in range(3):
-                    guided_step(unet, *fixed, guidance_scale, dtype)
+                    guided_step(network, *fixed, guidance_scale, dtype)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                outputs = guided_step(unet, *fixed, guidance_scale, dtype)
-            self.graphs[key] = graph, fixed, outputs
-        graph, fixed, outputs = self.graphs[key]
-        for place, value in zip(fixed, inputs):
+                outputs = guided_step(network, *fixed, guidance_scale, dtype)
+            places = [value for entry in fixed for value in (entry.values() if isinstance(entry, dict) else [entry])]
+            self.graphs[key] = graph, places, outputs
+        graph, places, outputs = self.graphs[key]
+        for place, value in zip(places, tensors):
             if value is not None:
                 place.copy_(value)
         graph.replay()
@@ -332,7 +346,7 @@ def set_strength(pipeline, scale, base=None, tuned=None):
     if base is None:
         pipeline.set_adapters(["tuned"], [scale])
     else:
-        for parameter, start, end in zip(pipeline.unet.parameters(), base, tuned, strict=True):
+        for parameter, start, end in zip(denoiser(pipeline).parameters(), base, tuned, strict=True):
             parameter.copy_(torch.lerp(start, end, scale))
 
 
@@ -399,13 +413,13 @@ def main(arguments=None):
         steps, dtype, sampler = run["steps"], DTYPES[run["dtype"]], run["sampler"]
         eta = step_etas(steps, run["eta"], run["window"], run["window_shift"])  # the window's first place
         # a whole network is trained in float32, and computes in dtype by autocast
-        weights = torch.float32 if args.lora and not run["lora_rank"] else dtype
-        load = functools.partial(load_pipeline, run["model"], args.device, weights)
-        pipeline = load(args.lora)
-        ddim_table(pipeline.scheduler, steps, eta, sampler)
-        if args.lora and not getattr(pipeline.unet, "peft_config", None):
-            base = [*load().unet.parameters()]
-            tuned = [p.clone() for p in pipeline.unet.parameters()]
+        weights_dtype = torch.float32 if args.lora and not run["lora_rank"] else dtype
+        load = functools.partial(load_pipeline, run["model"], args.device, weights_dtype)
+        pipeline = load(lora=args.lora)
+        ddim_table(pipeline.scheduler, steps, eta, sampler, **schedule_inputs(pipeline, steps))
+        if args.lora and not getattr(denoiser(pipeline), "peft_config", None):
+            base = [*denoiser(load()).parameters()]
+            tuned = [p.clone() for p in denoiser(pipeline).parameters()]
     except ValueError as error:
         parser.exit(2, f"{error}\n")
 

@@ -41,9 +41,9 @@ class Settings:
     sample_batch: int = 32  # pictures denoised at once, on each process
     steps: int = 10  # T, denoising steps of a picture
     guidance_scale: float = 4.0  # of classifier-free guidance; 1 for none
-    sampler: str = "ddim"  # ddim, cps, flow, dance: how a step adds its noise, see ddim_table in sample.py
-    eta: float = -1.0  # how much noise, in the sampler's own meaning; above 0, because a deterministic
-        # sampler is no policy (default: ddim 1, cps 0.7, flow 0.7, dance 0.3)
+    sampler: str = "ddim"  # ddim, cps, flow, dance: how a step adds its noise, see sample.ddim_table
+    eta: float = -1.0  # how much noise, in the sampler's own meaning; 0 is deterministic, which
+        # ddpo.py cannot train (default: ddim 1, cps 0.7, flow 0.7, dance 0.3)
     window: str = ""  # "5:15": only these steps have noise and are trained ("" for all)
     window_shift: str = ""  # "2/5": the window moves on by 2 steps every 5 epochs, from the last place back
         # to the first ("" for a fixed one)
@@ -134,19 +134,15 @@ def check(config):
     for name, weight in parse_reward(config.reward).items():
         if abs(weight) > 1e6:
             refuse(config, "reward", f"the weight of {name} must be at most 1e6")
-    for setting in ("epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs", "train_batch",
-                    "patience", "eval_every", "eval_images", "checkpoint_every"):
-        if getattr(config, setting) < 1:
-            refuse(config, setting, "must be at least 1")
+    at_least(config, 1, "epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs",
+             "train_batch", "patience", "eval_every", "eval_images", "checkpoint_every")
+    at_least(config, 0, "updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard",
+             "guidance_scale")
+    above_zero(config, "grad_clip")
     if config.seed >= 2**63:
         refuse(config, "seed", "must be below 2**63")
-    for setting in ("updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard", "guidance_scale"):
-        if getattr(config, setting) < 0:
-            refuse(config, setting, "must not be negative")
-    if config.grad_clip <= 0:
-        refuse(config, "grad_clip", "must be above 0")
-    check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"), sampler=tuple(ETAS),
-                  optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"))
+    check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"),
+                  optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"), sampler=tuple(ETAS))
     if not 0 <= config.ema < 1:
         refuse(config, "ema", "must be 0 (none) or below 1")
     window = re.fullmatch(r"(\d+):(\d+)", config.window or f"0:{config.steps}")
@@ -156,9 +152,9 @@ def check(config):
     check_window_shift(config)
     if config.eta == -1:
         config.eta = ETAS[config.sampler]
-    if not 0 < config.eta <= MAX_ETAS[config.sampler]:
-        refuse(config, "eta", "must be above 0, since a deterministic sampler is no policy, and at most "
-               f"{MAX_ETAS[config.sampler]:g} with --sampler {config.sampler}")
+    if not 0 <= config.eta <= MAX_ETAS[config.sampler]:
+        refuse(config, "eta", f"must be at least 0 and at most {MAX_ETAS[config.sampler]:g} with "
+               f"--sampler {config.sampler}")
     check_machine(config)
 
     config.updates = config.updates or 1
@@ -186,6 +182,19 @@ def check(config):
     return config
 
 
+def at_least(config, bound, *settings):
+    for setting in settings:
+        if not getattr(config, setting) >= bound:
+            refuse(config, setting, f"must be at least {bound}" if bound else "must not be negative")
+
+
+def above_zero(config, *settings, at_most=math.inf):
+    for setting in settings:
+        if not 0 < getattr(config, setting) <= at_most:
+            bound = "" if at_most == math.inf else f" and at most {at_most}"
+            refuse(config, setting, f"must be above 0{bound}")
+
+
 def check_window_shift(config):
     """Whether the window can move as --window-shift says."""
     if not config.window_shift:
@@ -194,8 +203,8 @@ def check_window_shift(config):
     if not shift:
         refuse(config, "window_shift", "give steps/epochs, such as 2/5: on by 2 steps every 5 epochs")
     if not config.window:
-        refuse(config, "window_shift", "needs a window to move, such as "
-               f"--window 0:{max(config.steps // 4, 1)}")
+        refuse(config, "window_shift", "needs a window to move, such as --window "
+               f"0:{max(config.steps // 4, 1)}")
     end = int(config.window.split(":")[1])
     if end + int(shift[1]) > config.steps:
         refuse(config, "window_shift", f"--window {config.window} cannot move so far within --steps "

@@ -1,14 +1,16 @@
-"""What every training loop here does around its own mathematics: set up a run, sample and score, log, keep, go on after a kill.
+"""What every training loop does around its own mathematics: set up a run, sample and score, log, save, and
+go on after a kill.
 
-`ddpo.py` and `rwr.py` are loops over these functions:
+The training loops call these functions:
 
-    run = start(config)          models, rewards and settings tried, folder made, an interrupted run read back
-    collect(run, epoch)          the epoch's pictures: sampled on all processes, scored
-    log(run, row)                a row of metrics.jsonl
-    save(run, epoch)             weights and a checkpoint
+    run = start(config)    locks the folder, tries models and rewards, reads an interrupted run back
+    collect(run, epoch)    the epoch's pictures: sampled on all processes, scored
+    log(run, row)          a row of metrics.jsonl
+    save(run, epoch)       weights and a checkpoint
+    close(run)             lets another process write the folder
 
-Everything random in an epoch is drawn from (seed, epoch, index of the picture): there is no state to lose, so a run that is
-killed goes on to the same numbers, on any number of processes.
+Everything random in an epoch is drawn from (seed, epoch, index of the picture). There is no state to lose,
+so a run that is killed goes on to the same numbers, on any number of processes.
 """
 
 import contextlib
@@ -33,18 +35,20 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from models import (blocks, condition, denoiser, first_line, lora_targets, main_tokenizer, passes, schedule_inputs,
+                    text_encoders)
 from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
-from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards, read_metrics,
-                        release, reserved, row_line, save_checkpoint, save_picture, save_weights, sync,
-                        write_whole)
-from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape, load_pipeline, predict,
-                    sample_trajectories, step_etas, window_places)
+from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards,
+                        read_metrics, release, reserved, row_line, save_checkpoint, save_picture,
+                        save_weights, sync, write_whole)
+from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape,
+                    load_pipeline, predict, sample_trajectories, step_etas, window_places)
 from settings import watched
 
 
 class RunStopped(Exception):
-    """A run that cannot go on, for a reason that lies outside this code. What it has done so far is on disk."""
+    """A run that cannot go on, for a reason outside of this code. What it has done is on disk."""
 
 
 class PeerLost(Exception):
@@ -69,14 +73,14 @@ class Run:
     parameters: list
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    reference: object = None  # a frozen copy of the UNet, where a whole one is trained and compared with it
+    reference: object = None  # a frozen copy of the UNet, where a whole one is compared with it
     ema: list | None = None  # averaged parameters
-    saved: dict | None = None  # what the caller of `save` gave, of the checkpoint that it goes on from
+    saved: dict | None = None  # the state that a loop gave to `save`, when the run is resumed
     epoch: int = 0  # done
     updates: int = 0  # done
     rows: list = field(default_factory=list)  # of metrics.jsonl, up to this epoch
     eager: int = 0  # places of a compiled network that run in eager mode
-    later_rows: list = field(default_factory=list)  # those after it, of epochs that will be done again
+    later_rows: list = field(default_factory=list)  # those after it, which will be computed again
     cache: dict = field(default_factory=dict)  # prompt -> embedding
     step: object = None  # what takes a sampling step, see sample_trajectories
     scorer: object = None  # a thread that computes rewards, or None
@@ -85,8 +89,9 @@ class Run:
 
 
 def seeded(*key, device="cpu"):
-    """A generator that depends on the key alone: no state to carry, so nothing that a resumed run could lose."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    """A generator that depends on the key alone: it has no state that a resumed run could lose."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
 
 
 def gather(values):
@@ -114,34 +119,39 @@ def peers():
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo's; NCCL's are subclasses of it
-        raise PeerLost(f"another process of this run has ended ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise PeerLost(f"another process of this run has ended ({reason})") from None
 
 
 def sum_gradients(parameters):
-    """One flat all-reduce, by hand: DistributedDataParallel only syncs what is called through its wrapper, which a pipeline
-    that holds the bare UNet does not do."""
+    """One flat all-reduce, by hand: DistributedDataParallel only syncs what is called through its
+    wrapper, and a pipeline calls the bare UNet."""
     if dist.is_initialized():
         flat = reduce(torch.cat([p.grad.flatten() for p in parameters]))
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad.copy_(grad.view_as(p))
 
 
-def make_trainable(unet, config):
+def make_trainable(network, config):
     """The parameters to train, in float32, whatever the frozen ones are in."""
     if config.lora_rank:
         from peft import LoraConfig
 
-        targets, names = [target.strip() for target in config.lora_targets.split(",")], [name for name, _ in unet.named_modules()]
+        wanted = config.lora_targets or lora_targets(network)
+        targets, names = [target.strip() for target in wanted.split(",")], [name for name, _ in network.named_modules()]
         for target in targets:  # peft is content when one of them is there
             if not any(f".{name}".endswith(f".{target}") for name in names if name):
-                raise ValueError(f"--lora-targets {config.lora_targets}: no layer of the UNet is called {target!r}; choose such as "
-                                 "to_q,to_k,to_v,to_out.0")
+                raise ValueError(f"--lora-targets {wanted}: no layer of the {type(network).__name__} is called {target!r}; "
+                                 f"choose such as {lora_targets(network)}")
         torch.manual_seed(config.seed)  # the adapter starts the same on every process
-        unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
-                                    target_modules=targets))
+        try:
+            network.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
+                                           target_modules=targets))
+        except (ValueError, TypeError) as error:  # a layer that is neither linear nor a convolution
+            raise ValueError(f"--lora-targets {wanted}: {first_line(error)}; choose such as {lora_targets(network)}") from error
     else:
-        unet.requires_grad_(True)
-    parameters = [p for p in unet.parameters() if p.requires_grad]
+        network.requires_grad_(True)
+    parameters = [p for p in network.parameters() if p.requires_grad]
     for p in parameters:
         p.data = p.data.float()
     return parameters
@@ -150,28 +160,31 @@ def make_trainable(unet, config):
 def make_optimizer(parameters, config):
     kind = torch.optim.AdamW
     if config.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit as kind  # moments in 8 bits: 2 bytes a parameter instead of 8
-    return kind(parameters, lr=config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, eps=1e-8)
+        from bitsandbytes.optim import AdamW8bit as kind  # moments of 2 bytes a parameter, not 8
+    return kind(parameters, lr=config.lr, betas=(0.9, 0.999), eps=1e-8,
+                weight_decay=config.weight_decay)
 
 
 def start(config, resume=False, reference=False):
     """A Run, ready for epoch run.epoch + 1, in a folder that no other process writes until `close`.
 
-    reference: whether the loop needs the base model's outputs, see reference_output. Raises ValueError,
-    one line, before anything is written, if it cannot work.
+    reference: whether the loop needs the base model's outputs, see reference_output.
+    Raises ValueError, one line, before anything is written, if the run cannot work.
     """
     folder = Path(config.out) / config.name
     if int(os.environ.get("RANK", 0)):
         return set_up(config, folder, resume, reference)
     with reserved(folder):
-        if not resume and any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoint")):
-            raise ValueError(f"{folder}: exists already; go on with --resume {folder}, or choose another --name")
+        names = ("config.json", "metrics.jsonl", "checkpoint")
+        if not resume and any((folder / name).exists() for name in names):
+            raise ValueError(f"{folder}: exists already; go on with --resume {folder}, or choose "
+                             "another --name")
         return set_up(config, folder, resume, reference)
 
 
 def close(run):
-    """After the last epoch: lets another process write the folder. A run that fails ends without it, for
-    a collective with a process that is gone may never return."""
+    """After the last epoch: lets another process write the folder. A run that fails ends without
+    it, because a collective with a process that is gone may never return."""
     if run.rank == 0:
         release(run.folder)
     if run.scorer:
@@ -185,7 +198,8 @@ def set_up(config, folder, resume, reference):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for the VAE, and for the UNet with --dtype fp32
+        # for the VAE, and for the UNet with --dtype fp32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -194,45 +208,52 @@ def set_up(config, folder, resume, reference):
     for name in set_names(config.eval_prompts):
         load_prompts(name)
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
-    pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)  # what is trained is float32
-    notice = cut_notice(pipeline.tokenizer, prompts)
+    # what is trained is float32
+    pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)
+    notice = cut_notice(main_tokenizer(pipeline), prompts)
     if notice and rank == 0:
         print(notice, file=sys.stderr)
-    unet = pipeline.unet
-    timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler)
+    network = denoiser(pipeline)
+    timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler,
+                                  **schedule_inputs(pipeline, config.steps))
     for first, end in window_places(config.steps, config.window, config.window_shift):
-        if not (table[first:end, 2] > 0).any():
-            raise ValueError(f"--steps {config.steps}: every step of {first}:{end} is deterministic with "
-                             "this scheduler; choose more steps, or another --window")
-    if config.offload:  # the text encoder works where it is, once a prompt; the VAE comes to the device for each batch
-        pipeline.text_encoder.to("cpu"), pipeline.vae.to("cpu")
+        if config.eta and not (table[first:end, 2] > 0).any():
+            within = "of the window " if config.window else ""
+            raise ValueError(f"--steps {config.steps}: every step {within}from {first} to {end} of "
+                             "this scheduler is deterministic; choose more steps, or another --window")
+    if config.offload:  # the text encoders work there; the VAE comes to the device for each batch
+        for module in (*text_encoders(pipeline), pipeline.vae):
+            module.to("cpu")
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     try:
         picture = decode(pipeline, torch.zeros(2, *latents_shape(pipeline), device=device))
     except FloatingPointError as error:
-        raise ValueError(f"--model {config.model}: {error}; its VAE is broken, choose another") from None
+        raise ValueError(f"--model {config.model}: {error}; its VAE is broken, choose another "
+                         "model") from None
     for reward in rewards.values():
         reward(picture, prompts[:1] * 2)
-    parameters = make_trainable(unet, config)
+    parameters = make_trainable(network, config)
     if config.compile:
         from torch._dynamo import config as dynamo  # slow to import, so only here
 
-        # torch counts compilations by code, which all blocks of a kind share, and would run the others in eager mode
+        # torch counts the compilations of a function, which all blocks of a kind share, and runs
+        # the blocks past its limit in eager mode
         dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1024, 65536
-        unet.to(memory_format=torch.channels_last)  # a GPU has it so already; on a CPU it only pays when operations are fused
-        # Block by block: compiled as a whole (torch 2.13, CPU) all gradients below the first upsampling come out wrong, without a
-        # word. The last norm too, for eager mode is slow at norms of bf16 in channels_last. And rounded as in eager mode: else
-        # sampling and training, which are two graphs, round differently in bf16, and the ratio does not start at 1. In place, so
-        # that weights keep their names; anew for each batch size, of which there are few.
-        for block in filter(None, (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet.conv_norm_out)):
+        # a GPU has it so already; on a CPU it only pays when operations are fused
+        network.to(memory_format=torch.channels_last)
+        # Block by block: compiled as a whole (torch 2.13, CPU), all gradients below the first
+        # upsampling are wrong, without a word. With eager mode's rounding: else sampling and training,
+        # which are two graphs, round differently in bf16, and the ratio does not start at 1. In
+        # place, so that weights keep their names; anew for each batch size, of which there are few.
+        for block in blocks(network):
             block.compile(dynamic=False, options={"emulate_precision_casts": True})
 
-    run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline, timesteps.to(device),
-              parameters, make_optimizer(parameters, config),
+    run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline,
+              timesteps.to(device), parameters, make_optimizer(parameters, config),
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
     if reference and not config.lora_rank:
-        run.reference = copy.deepcopy(unet).requires_grad_(False)
+        run.reference = copy.deepcopy(network).requires_grad_(False)
     if config.ema:
         run.ema = [p.detach().clone() for p in parameters]
     if resume:
@@ -246,12 +267,13 @@ def set_up(config, folder, resume, reference):
             restore(run, saved, rows)
         del saved
     run.step = GraphedStep() if config.cuda_graph else None
-    # Rewards are computed while the next pictures are sampled; but not on a CPU, where a second thread that calls torch makes
-    # every operation of the first slower (libgomp no longer spins between them once it counts more threads than cores).
+    # Rewards are computed while the next pictures are sampled. Not on a CPU: a second thread that
+    # calls torch makes every operation of the first slower (libgomp does not spin between them any
+    # more once it counts more threads than cores).
     if device.type != "cpu":
         # a thread has a CUDA device of its own, which is the first one until it is set
-        place = dict(initializer=torch.cuda.set_device, initargs=(device,)) if device.type == "cuda" else {}
-        run.scorer = ThreadPoolExecutor(1, **place)
+        choose = torch.cuda.set_device if device.type == "cuda" else None
+        run.scorer = ThreadPoolExecutor(1, initializer=choose, initargs=(device,))
 
     gather([rank])  # nobody makes the folder before everybody has seen that it is free
     if rank == 0:
@@ -269,93 +291,116 @@ def epoch_table(config, pipeline, epoch):
 
     A step without noise, outside the window or the last one of some schedules, is no action."""
     eta = step_etas(config.steps, config.eta, config.window, config.window_shift, epoch)
-    _, table = ddim_table(pipeline.scheduler, config.steps, eta, config.sampler)
+    _, table = ddim_table(pipeline.scheduler, config.steps, eta, config.sampler,
+                          **schedule_inputs(pipeline, config.steps))
     return table, (table[:, 2] > 0).nonzero().flatten()
 
 
 def check_checkpoint(saved, run):
-    """ValueError, one line, unless a checkpoint is one of such a run: as many tensors, each of the same
-    shape and dtype, all finite. torch would broadcast, fill in and leave out without a word."""
+    """Raises ValueError, one line, unless a checkpoint is one of such a run: as many tensors, each of
+    the same shape and dtype, all finite. torch would broadcast, or leave some out, without a word."""
     config, count = asdict(run.config), len(run.parameters)
-    path = run.folder / "checkpoint"
 
     def refuse(problem):
-        raise ValueError(f"{path}: {problem}; go on with the script and the settings that wrote it, or begin anew with another --name")
+        raise ValueError(f"{run.folder / 'checkpoint'}: {problem}; go on with the script and the "
+                         "settings that wrote it, or begin anew with another --name")
+
+    def kind(value):
+        if isinstance(value, torch.Tensor):
+            return f"{tuple(value.shape)} {value.dtype}"
+        return type(value).__name__
 
     def check_tensors(name, tensors):
-        if not isinstance(tensors, list) or len(tensors) != count:
-            refuse(f"{name}: {len(tensors) if isinstance(tensors, list) else type(tensors).__name__} instead of {count} tensors")
+        if not isinstance(tensors, list):
+            refuse(f"{name}: {kind(tensors)} instead of a list")
+        if len(tensors) != count:
+            refuse(f"{name}: {len(tensors)} instead of {count} tensors")
         for i, (tensor, p) in enumerate(zip(tensors, run.parameters)):
-            if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (p.shape, p.dtype):
-                given = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-                refuse(f"{name}: tensor {i} is {given} instead of {tuple(p.shape)} {p.dtype}")
+            if kind(tensor) != kind(p.data):
+                refuse(f"{name}: tensor {i} is {kind(tensor)} instead of {kind(p.data)}")
             if not tensor.isfinite().all():
                 refuse(f"{name}: tensor {i} is not finite")
 
     keys = {"epoch", "config", "parameters", "ema", "optimizer", "scaler"}
     if not isinstance(saved, dict) or not keys <= saved.keys():
-        lacks = sorted(keys - saved.keys()) if isinstance(saved, dict) else ["everything"]
-        refuse(f"lacks {', '.join(lacks)}, so it is of another version of this code")
+        refuse("of another version of this code: it lacks "
+               + ", ".join(sorted(keys - saved.keys() if isinstance(saved, dict) else keys)))
     if type(saved["epoch"]) is not int or saved["epoch"] < 0:
         refuse(f"its epoch is {saved['epoch']!r}")
-    if not isinstance(saved["config"], dict) or saved["config"].keys() != config.keys():
-        differ = sorted(saved["config"].keys() ^ config.keys()) if isinstance(saved["config"], dict) else []
-        refuse(f"of another script or another version of this code (settings that only one has: {', '.join(differ)})")
+    theirs = saved["config"] if isinstance(saved["config"], dict) else {}
+    if differ := theirs.keys() ^ config.keys():
+        refuse("of another script or another version of this code, which differ in the settings "
+               + ", ".join(sorted(map(str, differ))[:4]))
     check_tensors("parameters", saved["parameters"])
     if (saved["ema"] is None) != (run.ema is None):
-        refuse(f"it has {'no ' if saved['ema'] is None else ''}averaged weights, and --ema is {run.config.ema:g}")
+        refuse(f"--ema is {run.config.ema:g}, and it has {kind(saved['ema'])} for averaged weights")
     if run.ema:
         check_tensors("ema", saved["ema"])
+    for name in saved.keys() - keys:  # what the loop has given
+        if isinstance(saved[name], list):
+            check_tensors(name, saved[name])
     try:
         moments = saved["optimizer"]["state"]
-        if moments.keys() not in (set(), set(range(count))):  # none at all: fp16 has skipped every update
+        if moments.keys() not in (set(), set(range(count))):  # none: fp16 has skipped every update
             refuse(f"optimizer: of {len(moments)} instead of {count} tensors")
-        for name in ("exp_avg", "exp_avg_sq") if isinstance(run.optimizer, torch.optim.AdamW) and moments else ():
-            check_tensors(f"optimizer's {name}", [moments[i][name] for i in range(count)])
+        if isinstance(run.optimizer, torch.optim.AdamW) and moments:
+            for name in ("exp_avg", "exp_avg_sq"):
+                check_tensors(f"optimizer: {name}", [moments[i][name] for i in range(count)])
         for i, values in moments.items():
             if not all(torch.as_tensor(value).isfinite().all() for value in values.values()):
-                refuse(f"optimizer: state {i} is not finite")
-        if saved["scaler"].keys() != run.scaler.state_dict().keys() or not all(map(math.isfinite, saved["scaler"].values())):
-            refuse("scaler: not one of this --dtype")
+                refuse(f"optimizer: the state of tensor {i} is not finite")
+        scaler = saved["scaler"]
+        finite = all(map(math.isfinite, scaler.values()))
+        if scaler.keys() != run.scaler.state_dict().keys() or not finite:
+            refuse(f"scaler: not one of --dtype {run.config.dtype}")
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        refuse(f"optimizer or scaler is damaged ({type(error).__name__})")
+        refuse(f"optimizer or scaler: damaged ({type(error).__name__})")
 
 
 def restore(run, saved, rows):
-    """Go on from a checkpoint. rows: of metrics.jsonl, some of which may be after it."""
+    """Go on from a checkpoint. rows: of metrics.jsonl, of which some may be later."""
+    check_rows(run, saved["epoch"], rows)
     run.epoch = saved.pop("epoch")
     run.updates = run.epoch * run.config.updates * run.config.inner_epochs
+    run.rows, run.later_rows = rows[:run.epoch + 1], rows[run.epoch + 1:]
     with torch.no_grad():
         for p, value in zip(run.parameters, saved.pop("parameters"), strict=True):
             p.copy_(value)
         for p, value in zip(run.ema or [], saved.pop("ema") or [], strict=True):
             p.copy_(value)
-    # the settings of the optimizer are config's, so that there is one source of them
-    run.optimizer.load_state_dict(saved.pop("optimizer") | {"param_groups": run.optimizer.state_dict()["param_groups"]})
+    # the settings of the optimizer are those of config.json, so that they have one source
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict(saved.pop("optimizer") | {"param_groups": groups})
     run.scaler.load_state_dict(saved.pop("scaler"))
     was, run.saved = saved.pop("config"), saved
     changed = [f"{key} {was[key]!r} -> {value!r}" for key, value in asdict(run.config).items()
                if value != was[key] and key not in ("name", "out", "device", "epochs", "patience")]
     if changed and run.rank == 0:
-        print(f"{run.folder}: config.json was changed since the checkpoint: {', '.join(changed)}", file=sys.stderr)
+        print(f"{run.folder}: config.json was changed since the checkpoint: {', '.join(changed)}",
+              file=sys.stderr)
 
-    run.rows, run.later_rows = rows[:run.epoch + 1], rows[run.epoch + 1:]
-    metrics = run.folder / "metrics.jsonl"
-    if [row["epoch"] for row in run.rows] != list(range(run.epoch + 1)):
-        raise ValueError(f"{metrics} lacks rows before epoch {run.epoch}, which the checkpoint is of; mend that file, or begin "
-                         "anew with another --name")
-    for row in run.rows:
-        # the guard and the curves read all of these
-        lacks = [key for key in run.rows[0] if key.startswith("eval_") and not key.endswith("_std") and key not in row]
-        bad = [key for key, value in row.items() if not isinstance(value, (int, float, type(None)))]
-        bad += [key for key, value in row.items() if value is None and key.startswith("eval_")] + ["images"] * ("images" not in row)
-        if bad or lacks and "eval_reward" in row or "eval_reward" not in run.rows[0]:
-            raise ValueError(f"{metrics}: the row of epoch {row['epoch']} lacks numbers ({', '.join(bad + lacks) or 'eval_reward'}); "
-                             "mend it, or begin anew with another --name")
+
+def check_rows(run, epoch, rows):
+    """Raises ValueError unless metrics.jsonl has all that the guard and the curves read."""
+    path, rows = run.folder / "metrics.jsonl", rows[:epoch + 1]
+    if [row["epoch"] for row in rows] != list(range(epoch + 1)):
+        raise ValueError(f"{path} lacks rows before epoch {epoch}, which the checkpoint is of; mend "
+                         "that file, or begin anew with another --name")
+    evaluated = ["eval_reward", *(key for key in rows[0] if key.startswith("eval_"))]
+    for row in rows:
+        needed = ["images"] if row["epoch"] else ["images", "eval_reward"]
+        if "eval_reward" in row:
+            needed += [key for key in evaluated if row is rows[0] or not key.endswith("_std")]
+        bad = [key for key in needed if row.get(key) is None]
+        bad += [key for key, value in row.items() if not isinstance(value, (int, float, type(None)))]
+        if bad:
+            raise ValueError(f"{path}: the row of epoch {row['epoch']} lacks numbers "
+                             f"({', '.join(bad[:4])}); mend it, or begin anew with another --name")
 
 
 def write_rows(run):
-    write_whole(run.folder / "metrics.jsonl", "".join(row_line(row) + "\n" for row in run.rows + run.later_rows))
+    rows = run.rows + run.later_rows
+    write_whole(run.folder / "metrics.jsonl", "".join(row_line(row) + "\n" for row in rows))
 
 
 def shard(run, count):
@@ -365,39 +410,47 @@ def shard(run, count):
 
 def progress_bar(run, name, total, position=1):
     """A bar for a part of an epoch, below that of the epochs; gone when it is full."""
-    return tqdm(total=total, desc=f"  {name}", leave=False, position=position, disable=True if run.rank else None)  # None: unless on a terminal
+    disable = True if run.rank else None  # None: where there is no terminal
+    return tqdm(total=total, desc=f"  {name}", leave=False, position=position, disable=disable)
 
 
 def remedy(run):
     """Which setting to change where numbers have overflowed."""
-    if not run.updates:
-        return "nothing has been trained yet, so choose --dtype fp32, or weights nearer to 1 in --reward"
-    return f"start again with an --lr below {run.config.lr:g}" + (f", or a --kl below {run.config.kl:g}" if run.config.kl > 1 else "")
+    config = run.config
+    kl = getattr(config, "kl", 0)
+    if run.updates:
+        lower = f"start again with an --lr below {config.lr:g}"
+        return lower + (f", or a --kl below {kl:g}" if kl > 1 else "")
+    return ("nothing has been trained yet, so choose --dtype fp32, a --guidance-scale below "
+            f"{config.guidance_scale:g}, or smaller weights in --reward")
 
 
 def rollout(run, prompts, keys, bar=None, eta=None, epoch=1):
-    """Trajectories of a batch, a picture a prompt, each with the random numbers of its key. Raises
-    RunStopped if the network is broken: black pictures are the best there are for some rewards.
+    """Trajectories of a batch, a picture a prompt, each with the random numbers of its key.
 
-    A moving window is where it is in that epoch. Evaluations keep to the first, so that they do not depend
-    on it."""
+    A moving window is where it is in that epoch. Evaluations keep to the first place, so that they do
+    not depend on it. Raises RunStopped if the network is broken: its black pictures are the best for
+    some rewards.
+    """
     config, generators = run.config, [seeded(*key, device=run.device) for key in keys]
     if eta is None:
         eta = step_etas(config.steps, config.eta, config.window, config.window_shift, epoch)
     try:
-        return sample_trajectories(run.pipeline, prompts, config.steps, config.guidance_scale, eta, generators,
-                                   run.dtype, bar and bar.update, run.cache, run.step, config.sampler)
+        return sample_trajectories(run.pipeline, prompts, config.steps, config.guidance_scale, eta,
+                                   generators, run.dtype, bar and bar.update, run.cache, run.step,
+                                   config.sampler)
     except FloatingPointError as error:
         raise RunStopped(f"{run.folder}: {error}; {remedy(run)}") from None
 
 
 def score(run, images, prompts, bar=None):
-    """{name: (B,) float32 on the CPU} for every reward, trained or watched. Raises RunStopped, with the picture saved."""
+    """{name: (B,) float32 on the CPU} for every reward, trained or watched. Raises RunStopped, with
+    the picture saved."""
     try:
         values = {name: reward(images, prompts) for name, reward in run.rewards.items()}
     except RewardError as error:
         message, bad = str(error), run.folder / "bad_reward.png"
-        if error.image is not None and not bad.exists():  # the first one is what the message is about
+        if error.image is not None and not bad.exists():  # the message is about the first one
             save_picture(picture_grid([error.image[None]]), bad)
             message += f"; the image is {bad}"
         raise RunStopped(f"{message}; after mending it, go on with --resume {run.folder}") from None
@@ -407,25 +460,27 @@ def score(run, images, prompts, bar=None):
 
 
 def collect(run, epoch):
-    """An epoch's pictures: (prompts of all processes, Trajectories of this one, {reward: list over all processes}, seconds).
+    """An epoch's pictures: (prompts of all processes, Trajectories of this one, {reward: list over
+    all processes}, seconds).
 
-    The trajectories are without their images, which are not needed once they are scored.
+    The trajectories are without their images, which nobody needs once they are scored.
     seconds: of sampling, and of waiting for rewards that sampling did not hide.
     """
     config, clock = run.config, time.perf_counter()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for reward in run.rewards.values():  # from here on they count this epoch's pictures, not those of looks
+    for reward in run.rewards.values():  # from here on they count this epoch's pictures alone
         reward.counts.update(dict.fromkeys(reward.counts, 0))
-    prompts = sample_prompts(run.prompts, config.images, seeded(config.seed, epoch, 0), config.group_size)
-    indices = shard(run, config.images)
-    batches, tasks, futures = [], [], []  # tasks: of scoring; futures: of those that the scorer has been given
+    prompts = sample_prompts(run.prompts, config.images, seeded(config.seed, epoch, 0),
+                             config.group_size)
+    indices = shard(run, config.images).split(config.sample_batch)
+    batches, tasks, futures = [], [], []  # tasks: of scoring; futures: of those of the scorer's thread
     try:
-        with progress_bar(run, "sampling", len(indices.split(config.sample_batch)) * config.steps) as sampling, \
-                progress_bar(run, "scoring", len(indices), position=2) as scoring:
-            for index in indices.split(config.sample_batch):
-                batch = rollout(run, [prompts[i] for i in index], [(config.seed, epoch, 1, i) for i in index.tolist()],
-                                sampling, epoch=epoch)
+        with progress_bar(run, "sampling", len(indices) * config.steps) as sampling, \
+                progress_bar(run, "scoring", sum(map(len, indices)), position=2) as scoring:
+            for index in indices:
+                keys = [(config.seed, epoch, 1, i) for i in index.tolist()]
+                batch = rollout(run, [prompts[i] for i in index], keys, sampling, epoch=epoch)
                 task = functools.partial(score, run, batch.images, batch.prompts, scoring)
                 if run.scorer:
                     futures.append(run.scorer.submit(task))
@@ -446,25 +501,39 @@ def collect(run, epoch):
         for future in futures:
             future.cancel()
     scores = {name: gather(torch.cat([part[name] for part in scored]).tolist()) for name in run.rewards}
-    trajectories = Trajectories(torch.cat([batch.latents for batch in batches]), torch.cat([batch.log_probs for batch in batches]),
-                                batches[0].timesteps, None, [prompt for batch in batches for prompt in batch.prompts])
-    return prompts, trajectories, scores, (seconds_sample, time.perf_counter() - clock - seconds_sample)
+    trajectories = Trajectories(torch.cat([batch.latents for batch in batches]),
+                                torch.cat([batch.log_probs for batch in batches]), batches[0].timesteps,
+                                None, [prompt for batch in batches for prompt in batch.prompts])
+    seconds = seconds_sample, time.perf_counter() - clock - seconds_sample
+    return prompts, trajectories, scores, seconds
 
 
 def reward_row(run, scores):
-    """The rewards' columns of a row of metrics.jsonl; a reward that is trained on alone is reward_mean itself."""
+    """The rewards' columns of a row of metrics.jsonl; a reward that is trained on alone is
+    reward_mean itself."""
     trained = sum(weight * np.array(scores[name]) for name, weight in run.components.items())
     row = {"reward_mean": float(trained.mean()), "reward_std": float(trained.std())}
-    row |= {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if [*run.components] != [name]}
-    return row | {f"{name}_{what}": sum(gather([count])) for name, reward in run.rewards.items() for what, count in reward.counts.items()}
+    alone = [*run.components]
+    row |= {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if alone != [name]}
+    for name, reward in run.rewards.items():
+        row |= {f"{name}_{what}": sum(gather([count])) for what, count in reward.counts.items()}
+    return row
 
 
 def time_row(run, clock, seconds_sample, seconds_reward):
     """The columns of an epoch's time, which began at `clock`, and of a GPU's memory."""
     seconds = time.perf_counter() - clock
     row = {"seconds": seconds, "seconds_sample": seconds_sample, "seconds_reward": seconds_reward,
-           "seconds_update": seconds - seconds_sample - seconds_reward, "images_per_second": run.config.images / seconds}
-    return row | ({"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9} if run.device.type == "cuda" else {})
+           "seconds_update": seconds - seconds_sample - seconds_reward,
+           "images_per_second": run.config.images / seconds}
+    if run.device.type == "cuda":
+        row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9  # since `collect` began
+    return row
+
+
+def training_inputs(run, prompts):
+    """(prompt_embeds, negative_embeds, guidance_scale) of a batch that is trained on, see models.condition."""
+    return condition(run.pipeline, prompts, run.config.guidance_scale, run.cache, run.config.train_guidance)
 
 
 def reference_output(run, *inputs):
@@ -474,9 +543,10 @@ def reference_output(run, *inputs):
     with torch.no_grad():
         if run.reference is not None:
             return predict(run.reference, *inputs, run.dtype)
-        run.pipeline.unet.disable_adapters()
-        output = predict(run.pipeline.unet, *inputs, run.dtype)
-        run.pipeline.unet.enable_adapters()
+        network = denoiser(run.pipeline)
+        network.disable_adapters()
+        output = predict(network, *inputs, run.dtype)
+        network.enable_adapters()
         return output
 
 
@@ -484,13 +554,14 @@ def describe(run, updates, pairs, kind, teachers=0):
     """What a run is going to do, in numbers, before it starts. pairs: (picture, timestep) of an update;
     teachers: networks that run on each pair without gradient, such as the base model of --kl."""
     config = run.config
-    passes = 2 if config.guidance_scale > 1 else 1
-    forward = config.images * config.steps * passes
-    backward = updates * pairs * (passes if config.train_guidance else 1)
+    rows = passes(run.pipeline, config.guidance_scale)
+    forward = config.images * config.steps * rows
+    backward = updates * pairs * (rows if config.train_guidance else 1)
     forward += teachers * backward
     at_once = min(config.train_batch, pairs // run.world)
     trained = sum(p.numel() for p in run.parameters) / 1e6
-    return (f"{run.folder}: {config.epochs} epochs of {config.images} pictures of {len(run.prompts)} prompts, "
+    return (f"{run.folder}: {config.epochs} epochs of {config.images} pictures of "
+            f"{len(run.prompts)} prompts, "
             f"{config.steps} steps each\n"
             f"  {updates} updates an epoch of {pairs} {kind}; {at_once} at once on each of "
             f"{run.world} x {config.device}; {trained:.2f} M parameters at lr {config.lr:g}, {config.dtype}\n"
@@ -499,11 +570,12 @@ def describe(run, updates, pairs, kind, teachers=0):
 
 
 def apply_gradients(run):
-    """One update from the gradients that have piled up, on all processes. Returns their norm before clipping."""
+    """One update from the gradients that have piled up, on all processes. Returns their norm before
+    clipping."""
     sum_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip).item()
-    # fp16's scaler skips such a step by itself, and halves its scale, which helps unless the network is broken
+    # fp16's scaler skips such a step and halves its scale, which helps unless the network is broken
     if not (np.isfinite(norm) or run.scaler.is_enabled() and run.scaler.get_scale() >= 1):
         raise RunStopped(f"{run.folder}: the gradient is {norm}; {remedy(run)}")
     run.updates += 1
@@ -530,41 +602,45 @@ def using(parameters, values):
 
 
 def averaged(run):
-    """Inside, the UNet has its averaged weights (--ema), which are those that are evaluated and saved."""
-    return using(run.parameters, run.ema or run.parameters)
+    """Inside, the UNet has its averaged weights (--ema), which are evaluated and saved."""
+    return using(run.parameters if run.ema else [], run.ema or [])
 
 
 def log(run, row):
     """A row of metrics.jsonl. Raises RunStopped instead if the weights are not finite any more."""
     if not torch.stack([p.isfinite().all() for p in run.parameters]).all():
-        raise RunStopped(f"{run.folder}: the weights are not finite after epoch {row['epoch']}; {remedy(run)}")
-    if run.rank == 0:
-        say_what_is_eager(run)
+        raise RunStopped(f"{run.folder}: the weights are not finite after epoch {row['epoch']}; "
+                         f"{remedy(run)}")
+    again = bool(run.later_rows)
     run.rows.append(row)
-    replaces = bool(run.later_rows)
     run.later_rows = [later for later in run.later_rows if later["epoch"] > row["epoch"]]
     if run.rank == 0:
-        # on the disk before the checkpoint is, so that it is not behind it after a power cut
-        write_rows(run) if replaces else append(run.folder / "metrics.jsonl", row_line(row))
+        if again:  # in the place of the row of an epoch that is done again
+            write_rows(run)
+        else:  # on the disk before the checkpoint is, so that a power cut leaves no gap
+            append(run.folder / "metrics.jsonl", row_line(row))
         plot_rewards(run.rows, run.config, run.folder / "rewards.png")
         if run.track:
             run.track(row, row["epoch"])
+        say_what_is_eager(run)
 
 
 def say_what_is_eager(run):
-    """With --compile, once: what torch could not compile and runs as it is, slower, without a word."""
+    """With --compile, once: what torch could not compile and runs in eager mode."""
     if run.config.compile and not run.eager:
         from torch._dynamo.utils import counters
 
-        run.eager = sum(counters["unimplemented"].values()) + sum(counters["graph_break"].values())
+        reasons = [*counters["unimplemented"], *counters["graph_break"]]
+        run.eager = len(reasons)
         if run.eager:
-            reason = [*counters["unimplemented"], *counters["graph_break"]][0].splitlines()[0]
-            tqdm.write(f"--compile: parts of the network are not compiled, in {run.eager} places ({reason}); they run in eager mode", file=sys.stderr)
+            tqdm.write(f"--compile: torch runs parts of the network in eager mode "
+                       f"({reasons[0].splitlines()[0]})", file=sys.stderr)
 
 
 def save(run, epoch, best=None, **state):
-    """Weights and a checkpoint. Where `best` is an epoch before this one, the folder's own weights stay what they were then, and
-    the newest go to last/. state: what the caller wants back in run.saved."""
+    """Weights and a checkpoint. Where `best` is an epoch before this one, the folder's own weights
+    stay what they were then, and the newest go to last/. state: what the loop wants back in
+    run.saved."""
     if run.rank:
         return
     with averaged(run):
@@ -574,16 +650,18 @@ def save(run, epoch, best=None, **state):
         else:
             save_weights(run.pipeline, run.config, run.folder / "last")
     save_checkpoint(run.folder / "checkpoint", state | {
-        "epoch": epoch, "config": asdict(run.config), "parameters": [p.detach().cpu() for p in run.parameters], "ema": run.ema,
+        "epoch": epoch, "config": asdict(run.config),
+        "parameters": [p.detach().cpu() for p in run.parameters], "ema": run.ema,
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()})
 
 
 @contextlib.contextmanager
 def stop_signals(say):
-    """Inside, Ctrl-C and SIGTERM call say(signal number) and end the process, from a thread of their own.
+    """Inside, Ctrl-C and SIGTERM call say(signal number) and end the process, with exit code 130.
 
-    Python itself would raise KeyboardInterrupt in the main thread: lost where that is in a callback, late
-    where it waits in a collective for a process that is gone. The disk holds all that is needed.
+    A thread does it. Python itself would raise KeyboardInterrupt in the main thread: that is lost
+    where it is in a callback, and late where it waits for a process that is gone. The disk holds all
+    that is needed.
     """
     def wait():
         if number := os.read(arrived, 1):
@@ -594,9 +672,9 @@ def stop_signals(say):
     os.set_blocking(wake, False)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as under nohup
+        if handler != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, lambda *_: None)
-    before = signal.set_wakeup_fd(wake)  # where Python writes the number at once, wherever the main thread is
+    before = signal.set_wakeup_fd(wake)  # Python writes the number there at once
     threading.Thread(target=wait, daemon=True).start()
     try:
         yield
@@ -608,12 +686,12 @@ def stop_signals(say):
 
 
 def leave(message, code):
-    """With several processes: ends this one so that the others end, too, and `message` is what torchrun
-    says last. It waits for nothing: what a process would wait for may be gone."""
+    """With several processes: ends this one, so that the others end, too, and torchrun's report ends
+    with the message. It waits for nothing: what it would wait for may be gone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if int(os.environ.get("RANK", 0)):
-        time.sleep(2)  # if all of them fail, torchrun stops this one here, and the line is there once
+        time.sleep(2)  # if all of them fail, torchrun ends this one here, and the line is there once
     print(message, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -624,13 +702,16 @@ def leave(message, code):
 def command_line(arguments, parse_config, prepare, fit):
     """The command line of a loop. Exit codes: 0; 2 for settings that cannot work; 1 for a run that
     cannot go on; 130 for one that was stopped. Each but 0 with one line."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
     def stopped(number):
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (number == signal.SIGTERM or int(os.environ.get("RANK", 0))):
-            return  # torchrun stops this process, because another has failed: that one's message matters
+        if rank or world > 1 and number == signal.SIGTERM:
+            return  # by torchrun, because another process has failed: that one's line matters
         folder = Path(config.out) / config.name if config else None
-        script = Path(inspect.getfile(fit)).name
-        way_on = f"; go on with: python {script} --resume {folder}" if folder and (folder / "config.json").exists() else ""
-        print(f"\nstopped{way_on}", file=sys.stderr, flush=True)
+        message = "stopped"
+        if folder and (folder / "config.json").exists():
+            message += f"; go on with: python {Path(inspect.getfile(fit)).name} --resume {folder}"
+        print(f"\n{message}", file=sys.stderr, flush=True)
 
     config = run = None
     with stop_signals(stopped):
@@ -649,10 +730,12 @@ def command_line(arguments, parse_config, prepare, fit):
             leave(str(error), 1)
             sys.exit(str(error))
         except PeerLost:
-            time.sleep(5)  # until torchrun stops this process, too: not the first to fail, it says nothing
+            if world == 1:
+                raise
+            time.sleep(5)  # torchrun ends this one, too; if it ended first, the report would name it
             os._exit(1)
         except Exception as error:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if world > 1:
                 traceback.print_exc()
             leave(f"{type(error).__name__}: {error}", 1)
             raise

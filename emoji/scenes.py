@@ -1,7 +1,9 @@
-"""The emoji world: pictures with captions, drawn on the fly. It is all that the small model knows.
+"""The emoji world: pictures with captions, drawn when they are needed. The small model knows
+nothing else.
 
-A scene is one emoji in one of four drawing styles, turned, flipped and placed at random, over a background that may be
-plain (a small JPEG file) or busy (a large one); sometimes a second, smaller emoji stands beside the first.
+A scene is one emoji in one of four drawing styles, turned, flipped and placed at random, over a
+background that may be plain (a small JPEG file) or busy (a large one). In some there is a second,
+smaller emoji beside the first.
 
     python emoji/scenes.py        writes scenes.png: a sheet of them with their captions
 """
@@ -17,18 +19,27 @@ DATA = Path(__file__).parent / "data"
 SIZE, COLUMNS = 64, 11  # the cells of the sheets, see emoji/data/collect.py
 STYLES = ("noto", "twemoji", "fluent_3d", "fluent_flat")
 COLOURS = {
-    "white": (245, 245, 245), "black": (30, 30, 34), "gray": (140, 144, 150), "red": (214, 60, 60),
-    "orange": (244, 148, 60), "yellow": (248, 216, 88), "green": (86, 172, 96), "teal": (64, 172, 172),
-    "blue": (70, 120, 220), "purple": (142, 92, 196), "pink": (244, 160, 190), "brown": (140, 98, 68),
+    "white": (245, 245, 245), "black": (30, 30, 34), "gray": (140, 144, 150),
+    "red": (214, 60, 60), "orange": (244, 148, 60), "yellow": (248, 216, 88),
+    "green": (86, 172, 96), "teal": (64, 172, 172), "blue": (70, 120, 220),
+    "purple": (142, 92, 196), "pink": (244, 160, 190), "brown": (140, 98, 68),
+}  # fmt: skip
+PATTERNS = {  # name: the word for it in a caption
+    "plain": "",
+    "gradient": "",
+    "stripes": "striped ",
+    "checks": "checkered ",
+    "dots": "dotted ",
+    "noise": "",
+    "blobs": "",
 }
-PATTERNS = {"plain": "", "gradient": "", "stripes": "striped ", "checks": "checkered ", "dots": "dotted ",
-            "noise": "", "blobs": ""}  # name: the word for it in a caption
 GRID_Y, GRID_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 
 @functools.cache
 def nouns(group=None):
-    """The nouns of one group ("animals", "held_out_animals", "objects"), or all of them in the order of the sheets."""
+    """The nouns of one group ("animals", "held_out_animals", "objects"), or all of them in the
+    order of the sheets."""
     groups = json.loads((DATA / "nouns.json").read_text())
     return groups[group] if group else [noun for names in groups.values() for noun in names]
 
@@ -52,7 +63,8 @@ def draw_background(rng, pattern, colour):
     """(64, 64, 3) float32. `colour` names the dominant colour; the second one is any other."""
     jitter = rng.uniform(-18, 18, 3)
     first = np.clip(np.array(COLOURS[colour]) + jitter, 0, 255)
-    second = np.array(COLOURS[str(rng.choice([name for name in COLOURS if name != colour]))], dtype=np.float32)
+    other = str(rng.choice([name for name in COLOURS if name != colour]))
+    second = np.array(COLOURS[other], dtype=np.float32)
     if pattern in ("gradient", "blobs"):
         second = (first + second) / 2  # soft, so that the named colour still dominates
     angle = rng.uniform(0, np.pi)
@@ -66,28 +78,36 @@ def draw_background(rng, pattern, colour):
     elif pattern == "stripes":
         mask = np.clip(np.sin((along + phase[0]) * 2 * np.pi / period) * 3 - 0.6, 0, 1)
     elif pattern == "checks":
-        wave = np.sin((along + phase[0]) * 2 * np.pi / period) * np.sin((across + phase[1]) * 2 * np.pi / period)
-        mask = np.clip(wave * 5, 0, 1)
+        wave_along = np.sin((along + phase[0]) * 2 * np.pi / period)
+        wave_across = np.sin((across + phase[1]) * 2 * np.pi / period)
+        mask = np.clip(wave_along * wave_across * 5, 0, 1)
     elif pattern == "dots":
-        distance = np.hypot((along + phase[0]) % period - period / 2, (across + phase[1]) % period - period / 2)
+        from_dot_along = (along + phase[0]) % period - period / 2
+        from_dot_across = (across + phase[1]) % period - period / 2
+        distance = np.hypot(from_dot_along, from_dot_across)
         mask = np.clip(0.28 * period - distance + 0.5, 0, 1)
     elif pattern == "noise":
-        return np.clip(first + rng.normal(0, rng.uniform(8, 30), (SIZE, SIZE, 3)), 0, 255).astype(np.float32)
+        noise = rng.normal(0, rng.uniform(8, 30), (SIZE, SIZE, 3))
+        return np.clip(first + noise, 0, 255).astype(np.float32)
     elif pattern == "blobs":
-        mask = sum(np.exp(-((GRID_X - x) ** 2 + (GRID_Y - y) ** 2) / (2 * r * r))
-                   for x, y, r in zip(*rng.uniform(0, SIZE, (2, 4)), rng.uniform(8, 16, 4)))
+        centres, radii = rng.uniform(0, SIZE, (2, 4)), rng.uniform(8, 16, 4)
+        mask = np.zeros(1)
+        for x, y, r in zip(*centres, radii):
+            mask = mask + np.exp(-((GRID_X - x) ** 2 + (GRID_Y - y) ** 2) / (2 * r * r))
         mask = np.clip(mask, 0, 1)
     return (first + (second - first) * mask[..., None]).astype(np.float32)
 
 
 def paste(rng, picture, sprite, scale, centre):
-    """Blend one turned, flipped sprite into the picture, in place. `scale`: its size as a share of the frame."""
+    """Blend one turned, flipped sprite into the picture, in place. `scale`: its size as a share of
+    the frame."""
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # premultiplied alpha ("RGBa"): otherwise the colour of transparent pixels bleeds into the edges
     sprite = sprite.convert("RGBa").rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
     side = round(scale * SIZE)
-    sprite = np.asarray(sprite.resize((side, side), Image.Resampling.BOX if side < 40 else Image.Resampling.BICUBIC), np.float32)
+    method = Image.Resampling.BOX if side < 40 else Image.Resampling.BICUBIC
+    sprite = np.asarray(sprite.resize((side, side), method), np.float32)
     left, top = round(centre[0] * SIZE - side / 2), round(centre[1] * SIZE - side / 2)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, SIZE), min(top + side, SIZE)
     sprite = sprite[y0 - top:y1 - top, x0 - left:x1 - left]
@@ -98,34 +118,37 @@ def paste(rng, picture, sprite, scale, centre):
 def draw_scene(rng, sprites, noun=None, kind=None):
     """One picture, (64, 64, 3) uint8, and its caption.
 
-    kind "alone": "a cat"; "background": "a cat on a blue striped background"; "pair": "a cat with a guitar".
+    kind: "alone" ("a cat"), "background" ("a cat on a blue striped background") or "pair" ("a cat
+    with a guitar"); without it, any of the three.
     """
     kind = kind or str(rng.choice(["alone", "background", "pair"], p=[0.55, 0.2, 0.25]))
     animals = nouns("animals") + nouns("held_out_animals")
     noun = noun or str(rng.choice(animals if kind == "pair" else nouns()))
     colour = str(rng.choice(list(COLOURS)))
-    # half the backgrounds are quiet: a picture book, not wallpaper
+    # half of the backgrounds are quiet
     pattern = str(rng.choice(list(PATTERNS), p=[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]))
     picture = draw_background(rng, pattern, colour)
     style = rng.integers(len(STYLES))
-    caption = with_article(noun)
+    sprite, caption = sprites[noun][style], with_article(noun)
     if kind == "pair":
         thing = str(rng.choice(nouns("objects")))
         side = rng.choice([-1, 1])  # the animal on one side, the thing low on the other
-        paste(rng, picture, sprites[noun][style], rng.uniform(0.6, 0.7), (0.5 - side * 0.17, rng.uniform(0.4, 0.5)))
-        paste(rng, picture, sprites[thing][style], rng.uniform(0.4, 0.48), (0.5 + side * 0.25, rng.uniform(0.66, 0.74)))
+        scale, height = rng.uniform(0.6, 0.7), rng.uniform(0.4, 0.5)
+        paste(rng, picture, sprite, scale, (0.5 - side * 0.17, height))
+        scale, height = rng.uniform(0.4, 0.48), rng.uniform(0.66, 0.74)
+        paste(rng, picture, sprites[thing][style], scale, (0.5 + side * 0.25, height))
         caption = f"{caption} with {with_article(thing)}"
     else:
         scale = rng.uniform(0.65, 0.95)
         slack = (1 - scale) / 2
-        paste(rng, picture, sprites[noun][style], scale, rng.uniform(0.5 - slack, 0.5 + slack, 2))
+        paste(rng, picture, sprite, scale, rng.uniform(0.5 - slack, 0.5 + slack, 2))
         if kind == "background":
-            caption = f"{caption} on a {colour} {PATTERNS[pattern]}background".replace("a orange", "an orange")
+            caption = f"{caption} on {with_article(colour)} {PATTERNS[pattern]}background"
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8), caption
 
 
 def draw_scenes(count, seed, **kwargs):
-    """`count` pictures, (count, 64, 64, 3) uint8, and their captions: the same ones for the same seed."""
+    """`count` pictures, (count, 64, 64, 3) uint8, and their captions: the same for each seed."""
     rng, sprites = np.random.default_rng(seed), load_sprites()
     pictures, captions = zip(*(draw_scene(rng, sprites, **kwargs) for _ in range(count)))
     return np.stack(pictures), list(captions)

@@ -1,11 +1,12 @@
-"""Without a GPU the kernels run in Triton's interpreter, which has to be chosen before triton is first imported."""
+"""Without a GPU the kernels run in Triton's interpreter, which has to be chosen before triton is
+first imported."""
 
 import os
 import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # as many workers as cores: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # as many workers as cores: more threads would only wait
 
 import pytest
 import torch

@@ -1,8 +1,9 @@
-"""Claims about the gradient estimators, on policies so simple that the true gradient can be written down.
+"""Claims about the gradient estimators, on policies so simple that the true gradient is known.
 
-The policy draws x ~ N(μ, σ² I) in two dimensions, the reward is r = −‖x − a‖². So E[r] = −‖μ − a‖² − 2σ², and its gradient in μ is
-−2 (μ − a). An estimate is the mean of n gradients, one a sample: it must lie within five standard errors of the truth, and they must
-be small enough for that to mean something.
+The policy draws x ~ N(μ, σ² I) in two dimensions, the reward is r = −‖x − a‖². So
+E[r] = −‖μ − a‖² − 2σ², and its gradient in μ is −2 (μ − a). An estimate is the mean of n gradients,
+one a sample. It must lie within five standard errors of the truth, and these must be small enough
+for that to mean something.
 """
 
 import pytest
@@ -28,7 +29,8 @@ def log_density(x, mean):
 
 
 def draw(mean, n=N, seed=0):
-    return mean + SIGMA * torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return mean + SIGMA * torch.randn(n, 2, dtype=torch.float64, generator=generator)
 
 
 def one_each(mean):
@@ -72,51 +74,59 @@ def test_the_score_function_off_policy_estimates_something_else():
 
 
 def test_a_log_prob_that_is_a_mean_over_the_latent_gives_the_dth_part_of_the_gradient():
-    """On policy, exactly that, whatever θ's way into μ: here μ = c_x x + c_o θ, the step of the sampler itself."""
-    coefficients = torch.tensor([0.9, -0.7, SIGMA, torch.tensor(SIGMA).log()], dtype=torch.float64)
+    """Exactly so on policy, however μ depends on θ: here μ = c_x x + c_o θ, the sampler's step."""
+    sigma = torch.tensor(SIGMA)
+    coefficients = torch.tensor([0.9, -0.7, SIGMA, sigma.log()], dtype=torch.float64)
     state = torch.tensor([0.2, -0.1], dtype=torch.float64).expand(N, 2).reshape(N, 2, 1, 1)
     output = one_each(MEAN)
     shaped = output.view(N, 2, 1, 1)
-    noise = torch.randn(state.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(state.shape, dtype=torch.float64, generator=generator)
     x, old = ddim_step(shaped.detach(), state, coefficients, noise=noise)
     _, log_prob = ddim_step(shaped, state, coefficients, x)
-    truth = -0.7 * -2 * (0.9 * state[0].flatten() - 0.7 * MEAN - TARGET) / 2  # ∂μ/∂θ ∂E[r]/∂μ, and D = 2
-    for loss in (sf_loss(log_prob, reward(x.flatten(1))), is_loss(log_prob, old, reward(x.flatten(1)), 1e-4)):
+    # ∂μ/∂θ ∂E[r]/∂μ, and D = 2
+    truth = -0.7 * -2 * (0.9 * state[0].flatten() - 0.7 * MEAN - TARGET) / 2
+    rewards = reward(x.flatten(1))
+    for loss in (sf_loss(log_prob, rewards), is_loss(log_prob, old, rewards, 1e-4)):
         gradients, = torch.autograd.grad(-loss.sum(), output, retain_graph=True)
         assert_mean_is(gradients, truth)
 
 
 def test_off_policy_that_mean_makes_the_ratio_its_own_dth_root():
-    """ρ^(1/2) p_old is, but for its height Z = exp(−‖Δ‖²/(8σ²)), the Gaussian half-way between the two policies: the estimate looks
-    from there. Near the old policy, where the clip keeps it, that hardly differs."""
+    """ρ^(1/2) p_old is, but for its height Z = exp(−‖Δ‖²/(8σ²)), the Gaussian half-way between the
+    two policies, so the estimate is one of a policy there. Near the old policy, where the clip
+    keeps the new one, this hardly differs."""
     shift = torch.tensor([0.2, -0.2], dtype=torch.float64)
     moved, middle = MEAN + shift, MEAN + shift / 2
     x, mean = draw(MEAN), one_each(moved)
-    gradients, = ascent(is_loss(log_density(x, mean) / 2, log_density(x, MEAN) / 2, reward(x), NEVER), mean)
+    log_prob, old = log_density(x, mean) / 2, log_density(x, MEAN) / 2
+    gradients, = ascent(is_loss(log_prob, old, reward(x), NEVER), mean)
     height = torch.exp(-shift.square().sum() / (8 * SIGMA**2))
     expected_reward = -(middle - TARGET).square().sum() - 2 * SIGMA**2
     truth = height / 2 * ((middle - moved) * expected_reward / SIGMA**2 - 2 * (middle - TARGET))
     assert_mean_is(gradients, truth)
 
 
-def test_each_step_of_a_walk_gets_the_whole_reward():
-    """x_1 = θ_1 + σ z_1, x_0 = x_1 + θ_2 + σ z_2: both steps have the gradient −2 (θ_1 + θ_2 − a)."""
+def test_each_step_of_a_trajectory_gets_the_whole_reward():
+    """x_1 = θ_1 + σ z_1, x_0 = x_1 + θ_2 + σ z_2: both gradients are −2 (θ_1 + θ_2 − a)."""
     first, second = one_each(MEAN), one_each(-MEAN / 2)
     x_1 = draw(MEAN, seed=2)
     x_0 = draw(x_1 - MEAN / 2, seed=3)
     advantages = reward(x_0) + 1.5  # minus a baseline, which changes no mean
-    loss = sf_loss(log_density(x_1, first), advantages) + sf_loss(log_density(x_0, x_1 + second), advantages)
+    loss = sf_loss(log_density(x_1, first), advantages)
+    loss = loss + sf_loss(log_density(x_0, x_1 + second), advantages)
     for gradients in ascent(loss, first, second):
         assert_mean_is(gradients, -2 * (MEAN / 2 - TARGET))
 
 
-def test_a_baseline_of_the_other_pictures_leaves_the_gradient_its_size_one_with_the_own_reward_does_not():
+def test_a_baseline_of_the_other_pictures_keeps_the_gradients_size_one_with_the_own_does_not():
     size = 4
     x, mean = draw(MEAN), one_each(MEAN)
     groups = reward(x).view(-1, size)
     others = (groups - (groups.sum(1, keepdim=True) - groups) / (size - 1)).flatten()
     truth = -2 * (MEAN - TARGET)
-    advantages = group_advantages(reward(x), size).double() * others.square().mean().sqrt()  # in the reward's own unit again
+    unit = others.square().mean().sqrt()  # that of the reward
+    advantages = group_advantages(reward(x), size).double() * unit
     gradients, = ascent(sf_loss(log_density(x, mean), advantages), mean)
     assert_mean_is(gradients.view(-1, size, 2).mean(1), truth)  # a group's four are not independent
     with_own = (groups - groups.mean(1, keepdim=True)).flatten()

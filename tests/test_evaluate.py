@@ -1,4 +1,5 @@
-"""Claims about evaluation during training: what is measured, which epoch is kept, and when a run is stopped."""
+"""Claims about evaluation during training: what is measured, which epoch's weights are saved, and
+when a run is stopped."""
 
 import json
 
@@ -13,50 +14,68 @@ from evaluate import diversity, fixed_prompts, guard
 from run_folder import read_metrics
 from training import start
 
-SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=4, eval_images=4, eval_every=1, group_size=2, updates=2,
-             lora_rank=8, device="cpu")
+SMALL = dict(
+    images=8, sample_batch=4, train_batch=4, steps=4, epochs=4, eval_images=4, eval_every=1,
+    group_size=2, updates=2, lora_rank=8, device="cpu",
+)  # fmt: skip
 
 
 def rows(rewards, watch, std=0.1):
-    evaluated = [{"epoch": i, "eval_reward": reward, "eval_clip": value} for i, (reward, value) in enumerate(zip(rewards, watch, strict=True))]
+    evaluated = [
+        {"epoch": i, "eval_reward": reward, "eval_clip": value}
+        for i, (reward, value) in enumerate(zip(rewards, watch, strict=True))
+    ]
     evaluated[0]["eval_clip_std"] = std
     return evaluated
 
 
-def test_the_best_look_within_the_guard_is_kept_and_two_beyond_it_end_the_run():
+def decisions(evaluated, config):
+    """What the guard decides after each evaluation."""
+    return [guard(evaluated[:n], config) for n in range(1, len(evaluated) + 1)]
+
+
+def test_the_best_evaluation_within_the_guard_is_saved_and_two_beyond_it_end_the_run():
     config = Config(guard=1.0, patience=2)
     falling = rows([0, 1, 2, 3, 4], [0.7, 0.69, 0.65, 0.59, 0.5])
-    assert [guard(falling[:n], config) for n in range(1, 6)] == [(None, False), (1, False), (2, False), (2, False), (2, True)]
+    expected = [(None, False), (1, False), (2, False), (2, False), (2, True)]
+    assert decisions(falling, config) == expected
 
 
-def test_a_watched_reward_that_holds_stops_nothing():
+def test_a_watched_metric_that_holds_stops_nothing():
     rising = rows(range(30), [0.7 + 0.001 * i for i in range(30)])
     assert guard(rising, Config(guard=0.1, patience=1)) == (29, False)
 
 
-def test_one_bad_look_is_forgiven_and_the_reward_decides_among_the_others():
+def test_one_bad_evaluation_ends_nothing_and_the_reward_decides_among_the_others():
     up_and_down = rows([0, 3, 5, 4], [0.7, 0.69, 0.3, 0.68])
     assert guard(up_and_down, Config(guard=1.0, patience=2)) == (3, False)
 
 
-def test_held_out_prompts_decide_which_look_is_kept_and_end_a_run_that_no_longer_helps_them():
-    evaluated = [row | {"eval_objects_reward": value} for row, value in zip(rows(range(6), [0.7] * 6), [0, 2, 3, 2, 2.5, 2.9], strict=True)]
+def test_held_out_prompts_decide_what_is_saved_and_end_a_run_that_no_longer_helps_them():
+    held_out = [0, 2, 3, 2, 2.5, 2.9]
+    evaluated = [
+        row | {"eval_objects_reward": value}
+        for row, value in zip(rows(range(6), [0.7] * 6), held_out, strict=True)
+    ]
     config = Config(reward="clip", watch="", eval_prompts="objects", patience=3)
-    assert [guard(evaluated[:n], config) for n in range(1, 7)] == [(None, False), (1, False), (2, False), (2, False), (2, False), (2, True)]
+    expected = [(None, False), (1, False), (2, False), (2, False), (2, False), (2, True)]
+    assert decisions(evaluated, config) == expected
     evaluated[-1]["eval_objects_reward"] = 3.5
     assert guard(evaluated, config) == (5, False)
     evaluated[-1]["eval_clip"] = 0.3  # the best of all, but for what is watched
     assert guard(evaluated, Config(eval_prompts="objects", patience=3)) == (2, True)
 
 
-def test_without_a_guard_or_without_anything_to_watch_the_newest_is_kept():
+def test_without_a_guard_or_without_anything_to_watch_the_newest_is_saved():
     falling = rows([0, 1, 2, 3], [0.7, 0.1, 0.1, 0.1])
     for config in (Config(guard=0.0), Config(watch=""), Config(reward="clip", watch="clip")):
         assert guard(falling, config) == (None, False)
 
 
-def test_rows_between_looks_do_not_count():
-    between = [row for one in rows([0, 1], [0.7, 0.5]) for row in (one, {"epoch": 99, "reward_mean": 1.0})]
+def test_rows_between_evaluations_do_not_count():
+    first, second = rows([0, 1], [0.7, 0.5])
+    without = {"epoch": 99, "reward_mean": 1.0}
+    between = [first, without, second, without]
     assert guard(between, Config(guard=1.0, patience=2)) == (None, False)
 
 
@@ -67,42 +86,56 @@ def test_prompts_come_in_pairs_spread_over_a_long_list_and_again_over_a_short_on
 
 
 def test_diversity_is_one_minus_the_mean_cosine_within_a_prompt():
-    embeddings = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 1], [1, 1]]), dim=1)
+    embeddings = torch.tensor([[1.0, 0], [0, 1], [1, 1], [1, 1]])
+    embeddings = torch.nn.functional.normalize(embeddings, dim=1)
     assert diversity(embeddings, ["a", "a", "b", "b"]) == pytest.approx(1 - (0 + 1) / 2)
     assert diversity(embeddings[2:], ["b", "b"]) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_run_stops_at_the_guard_and_its_folder_holds_the_weights_of_the_best_evaluation(tmp_path, monkeypatch):
-    """The evaluations are real; what they found for the watched reward is replaced, so that the guard trips after epoch 1."""
-    evaluated = evaluate.evaluate
+def test_the_run_stops_at_the_guard_and_its_folder_holds_the_weights_of_the_best_evaluation(
+    tmp_path, monkeypatch
+):
+    """The evaluations are real; what they found for the watched metric is replaced, so that the
+    guard stops the run after epoch 1."""
+    real = evaluate.evaluate
 
     def doctored(run, epoch):
-        return evaluated(run, epoch) | {"eval_reward": float(epoch), "eval_clip": 0.7 if epoch < 2 else 0.1}
+        clip = 0.7 if epoch < 2 else 0.1
+        return real(run, epoch) | {"eval_reward": float(epoch), "eval_clip": clip}
 
-    monkeypatch.setattr(ddpo, "evaluate", doctored)
-    folder = ddpo.train(Config(out=str(tmp_path), **SMALL | dict(epochs=9, watch="clip", guard=1.0)))
+    monkeypatch.setattr(evaluate, "evaluate", doctored)
+    settings = SMALL | dict(out=str(tmp_path), epochs=9, watch="clip", guard=1.0)
+    folder = ddpo.train(Config(**settings))
     assert [row["epoch"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2, 3]
     config = json.loads((folder / "config.json").read_text())
     config = Config(**config | dict(epochs=1, name="short"))
     short = ddpo.train(config)
-    weights = [load_file(path / "pytorch_lora_weights.safetensors") for path in (folder, short, folder / "last")]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert any(not torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+    saved, of_epoch_1, last = map(weights, (folder, short, folder / "last"))
+    assert all(torch.equal(saved[key], of_epoch_1[key]) for key in saved)
+    assert any(not torch.equal(saved[key], last[key]) for key in saved)
+
+
+def weights(folder):
+    return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
 def test_held_out_sets_and_the_deterministic_sampler_have_columns_of_their_own(tmp_path):
-    config = Config(out=str(tmp_path), **SMALL | dict(epochs=1, watch="clip", eval_prompts="animals_held_out", eval_deterministic=True))
-    row = read_metrics(ddpo.train(config) / "metrics.jsonl")[-1]
+    views = dict(eval_prompts="animals_held_out", eval_deterministic=True)
+    settings = SMALL | dict(out=str(tmp_path), epochs=1, watch="clip") | views
+    row = read_metrics(ddpo.train(Config(**settings)) / "metrics.jsonl")[-1]
     for view in ("eval", "eval_animals_held_out", "eval_eta0"):
-        assert {f"{view}_{metric}" for metric in ("reward", "clip", "clip_top1", "diversity")} <= set(row)
+        for metric in ("reward", "clip", "clip_top1", "diversity"):
+            assert f"{view}_{metric}" in row
     assert row["eval_reward"] != row["eval_animals_held_out_reward"] != row["eval_eta0_reward"]
 
 
-def test_averaged_weights_lag_behind_and_are_what_is_kept(tmp_path):
+def test_averaged_weights_lag_behind_and_are_what_is_saved(tmp_path):
+    settings = SMALL | dict(out=str(tmp_path), watch="", epochs=2, eval_every=9)
     for ema in (0.0, 0.9):
-        ddpo.train(Config(out=str(tmp_path), name=f"ema{ema}", ema=ema, watch="", **SMALL | dict(epochs=2, eval_every=9)))
-    plain, averaged = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("ema0.0", "ema0.9"))
+        ddpo.train(Config(name=f"ema{ema}", ema=ema, **settings))
+    plain, averaged = weights(tmp_path / "ema0.0"), weights(tmp_path / "ema0.9")
     up = [key for key in plain if "lora_B" in key or ".up." in key]  # they start at zero
     assert 0 < sum(averaged[key].norm() for key in up) < 0.6 * sum(plain[key].norm() for key in up)
-    resumed = start(ddpo.check(Config(out=str(tmp_path), name="ema0.9", ema=0.9, watch="", **SMALL)), resume=True)
+    config = ddpo.check(Config(name="ema0.9", ema=0.9, **settings | dict(epochs=4)))
+    resumed = start(config, resume=True)
     assert any(not torch.equal(p, average) for p, average in zip(resumed.parameters, resumed.ema))

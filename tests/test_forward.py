@@ -17,10 +17,13 @@ from run_folder import load_checkpoint, read_metrics
 from sample import load_pipeline, noised
 
 ROOT = Path(__file__).parents[1]
-SMALL = dict(reward="compress", watch="", preset="emoji", images=8, sample_batch=4, train_batch=4, steps=3, epochs=2, eval_images=2,
-             group_size=4, updates=2, inner_epochs=2, lr=1e-3, warmup=0, guidance_scale=2.0, device="cpu", dtype="fp32")
 KINDS = ["epsilon", "v_prediction", "sample", "flow"]
 LOSSES = {"nft": nft_loss, "awm": awm_loss}
+SMALL = dict(
+    reward="compress", watch="", preset="emoji", images=8, sample_batch=4, train_batch=4, steps=3,
+    epochs=2, eval_images=2, group_size=4, updates=2, inner_epochs=2, lr=1e-3, warmup=0,
+    guidance_scale=2.0, device="cpu", dtype="fp32",
+)
 
 
 def draw(*shape, seed=0):
@@ -30,33 +33,37 @@ def draw(*shape, seed=0):
 def scheduler_of(kind):
     if kind == "flow":
         return FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                         prediction_type=kind)
 
 
 # the losses
 
 def test_r_clips_as_published():
     advantages = torch.tensor([-7.0, -5.0, -2.5, 0.0, 1.0, 5.0, 9.0])
-    torch.testing.assert_close(optimality(advantages, 5.0), torch.tensor([0, 0, 0.25, 0.5, 0.6, 1, 1]))
+    expected = torch.tensor([0, 0, 0.25, 0.5, 0.6, 1, 1])
+    torch.testing.assert_close(optimality(advantages, 5.0), expected)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_nft_is_a_linear_advantage_term_and_a_trust_region(beta):
     output, old, target = draw(3, 5, 4, 8, 8)
-    r = torch.rand(5, dtype=torch.float64)
+    r = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0], dtype=torch.float64)
     e, delta = old - target, output - old
 
     def mean(x):
         return x.flatten(1).mean(1)
 
-    expected = mean(e**2) / beta + 2 * (2 * r - 1) * mean(e * delta) + beta * mean(delta**2)
-    torch.testing.assert_close(nft_loss(output, old, target, r, beta), expected, rtol=1e-12, atol=1e-12)
+    linear, trust_region = 2 * (2 * r - 1) * mean(e * delta), beta * mean(delta**2)
+    expected = mean(e**2) / beta + linear + trust_region
+    actual = nft_loss(output, old, target, r, beta)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_adaptive_nft_is_that_of_x_0_with_each_branch_divided_by_its_error(kind, beta):
-    """Written out in x̂_0, which is how the paper and its code have it."""
+    """Written out in x̂_0, which is how the published code has it."""
     scheduler, timesteps = scheduler_of(kind), torch.tensor([20, 400, 700, 990])
     clean, noise, output, old = draw(4, 4, 4, 8, 8, seed=1)
     r = torch.tensor([0.0, 0.3, 0.5, 1.0], dtype=torch.float64)
@@ -64,22 +71,31 @@ def test_adaptive_nft_is_that_of_x_0_with_each_branch_divided_by_its_error(kind,
     if kind == "flow":
         signal, sigma = 1 - timesteps / 1000, timesteps / 1000
     else:
-        signal, sigma = scheduler.alphas_cumprod[timesteps].sqrt(), (1 - scheduler.alphas_cumprod[timesteps]).sqrt()
+        alpha_bar = scheduler.alphas_cumprod[timesteps]
+        signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     signal, sigma = signal.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
-    denoise = {"epsilon": lambda o: (noisy - sigma * o) / signal, "v_prediction": lambda o: signal * noisy - sigma * o,
-               "sample": lambda o: o, "flow": lambda o: noisy - sigma * o}[kind]
+    denoise = {
+        "epsilon": lambda o: (noisy - sigma * o) / signal,
+        "v_prediction": lambda o: signal * noisy - sigma * o,
+        "sample": lambda o: o,
+        "flow": lambda o: noisy - sigma * o,
+    }[kind]
 
     def normalised(v):
         error = denoise(v) - clean
         return error.square().mean((1, 2, 3)) / error.abs().mean((1, 2, 3))
 
-    expected = (r * normalised((1 - beta) * old + beta * output) + (1 - r) * normalised((1 + beta) * old - beta * output)) / beta
-    torch.testing.assert_close(nft_loss(output, old, target, r, beta, slope), expected, rtol=1e-5, atol=1e-7)  # ᾱ is float32
+    positive = normalised((1 - beta) * old + beta * output)
+    negative = normalised((1 + beta) * old - beta * output)
+    expected = (r * positive + (1 - r) * negative) / beta
+    actual = nft_loss(output, old, target, r, beta, slope)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)  # ᾱ is float32
 
 
-def network(seed=0):
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(6, 4, 3, padding=1)).double()
+def network():
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(4, 6, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(6, 4, 3, padding=1))
+    return torch.nn.Sequential(*layers).double()
 
 
 def gradient(loss, net):
@@ -91,9 +107,12 @@ def gradient(loss, net):
 def test_without_advantage_the_gradient_at_the_old_weights_is_exactly_0(loss, slope):
     net, (x, target) = network(), draw(2, 3, 4, 8, 8)
     old, half = net(x).detach(), torch.full((3,), 0.5)
-    assert not gradient(LOSSES[loss](net(x), old, target, half, beta=0.5, slope=slope), net).any()
-    assert gradient(LOSSES[loss](net(x), old, target, half + 0.1, beta=0.5, slope=slope), net).any()
-    assert gradient(matching_error(net(x), target, slope), net).any()  # what rwr.py follows when all weights are 1
+
+    def of(r):
+        return gradient(LOSSES[loss](net(x), old, target, r, beta=0.5, slope=slope), net)
+
+    assert not of(half).any() and of(half + 0.1).any()
+    assert gradient(matching_error(net(x), target, slope), net).any()  # RWR's, with all weights 1
 
 
 @pytest.mark.parametrize("slope", [None, torch.tensor([0.1, 1.0, 14.0, 2.0])])
@@ -101,50 +120,54 @@ def test_without_advantage_the_gradient_at_the_old_weights_is_exactly_0(loss, sl
 def test_on_policy_the_gradient_is_the_advantage_times_that_of_the_matching_loss(loss, slope):
     net, (x, target) = network(), draw(2, 4, 4, 8, 8)
     advantages = torch.tensor([-1.0, -0.3, 0.2, 1.0], dtype=torch.float64)
-    old, r = net(x).detach(), advantages / 2 + 0.5
     expected = gradient(advantages * matching_error(net(x), target, slope), net)
-    torch.testing.assert_close(gradient(LOSSES[loss](net(x), old, target, r, beta=0.3, slope=slope), net), expected)
+    old, r = net(x).detach(), advantages / 2 + 0.5
+    actual = gradient(LOSSES[loss](net(x), old, target, r, beta=0.3, slope=slope), net)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_awm_stops_where_its_ratio_leaves_the_clip_range_and_its_trust_region_does_not():
     target, old = torch.zeros(2, 1, 1, 1), torch.full((2, 1, 1, 1), 0.5)
     r = torch.tensor([1.0, 0.0])
-    near = torch.tensor([0.1, 0.9]).view(2, 1, 1, 1).requires_grad_()  # the good one is better, the bad one worse
+    output = torch.tensor([0.1, 0.9]).view(2, 1, 1, 1).requires_grad_()  # both have moved as they should
     ratio = torch.exp(torch.tensor([0.25 - 0.01, 0.25 - 0.81]))
-    loss = awm_loss(near, old, target, r, beta=0.0, clip_range=2.0)
+    loss = awm_loss(output, old, target, r, beta=0.0, clip_range=2.0)
     torch.testing.assert_close(loss, torch.stack([-ratio[0], ratio[1]]))
-    loss = awm_loss(near, old, target, r, beta=0.5, clip_range=0.1)
+    loss = awm_loss(output, old, target, r, beta=0.5, clip_range=0.1)
     torch.testing.assert_close(loss, torch.tensor([-1.1, 0.9]) + 0.5 * 0.4**2)
-    torch.testing.assert_close(torch.autograd.grad(loss.sum(), near)[0].flatten(), torch.tensor([-0.4, 0.4]))
+    slope = torch.autograd.grad(loss.sum(), output)[0].flatten()
+    torch.testing.assert_close(slope, torch.tensor([-0.4, 0.4]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noised_pictures_and_targets_are_those_of_diffusers(kind):
     scheduler, (clean, noise) = scheduler_of(kind), draw(2, 3, 4, 8, 8).float()
-    timesteps = scheduler.timesteps[[5, 300, 999]] if kind == "flow" else torch.tensor([0, 500, 999])
-    noisy, target, slope = noised(scheduler, clean, noise, timesteps)
     if kind == "flow":
-        torch.testing.assert_close(noisy, scheduler.scale_noise(clean, timesteps, noise))
-        expected = noise - clean
+        timesteps = scheduler.timesteps[[5, 300, 999]]
+        expected = scheduler.scale_noise(clean, timesteps, noise), noise - clean
     else:
-        reference = DDPMScheduler.from_config(scheduler.config)
-        torch.testing.assert_close(noisy, reference.add_noise(clean, noise, timesteps))
-        expected = {"epsilon": noise, "sample": clean, "v_prediction": reference.get_velocity(clean, noise, timesteps)}[kind]
-    torch.testing.assert_close(target, expected)
+        timesteps, reference = torch.tensor([0, 500, 999]), DDPMScheduler.from_config(scheduler.config)
+        velocity = reference.get_velocity(clean, noise, timesteps)
+        target = {"epsilon": noise, "sample": clean, "v_prediction": velocity}[kind]
+        expected = reference.add_noise(clean, noise, timesteps), target
+    noisy, target, slope = noised(scheduler, clean, noise, timesteps)
+    torch.testing.assert_close((noisy, target), expected)
     assert slope.shape == (3,) and (slope > 0).all()
 
 
 def test_the_old_weights_follow_as_published():
-    assert [old_decay(n, 0, 0.001, 0.5) for n in (0, 100, 499, 5000)] == pytest.approx([0, 0.1, 0.499, 0.5])
-    assert [old_decay(n, 75, 0.0075, 0.999) for n in (10, 75, 95, 5000)] == pytest.approx([0, 0, 0.15, 0.999])
+    decays = [old_decay(updates, 0, 0.001, 0.5) for updates in (0, 100, 499, 5000)]
+    assert decays == pytest.approx([0, 0.1, 0.499, 0.5])
+    decays = [old_decay(updates, 75, 0.0075, 0.999) for updates in (10, 75, 95, 5000)]
+    assert decays == pytest.approx([0, 0, 0.15, 0.999])
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_both_reach_the_known_optimum_of_a_toy(loss, beta):
-    """Pictures are points of N(0, I) in the plane, 2r − 1 = ⟨c, x_0⟩: the optimum is the flow of N(c/β, I).
+    """Pictures are points of N(0, I) in the plane, and 2r − 1 = ⟨c, x_0⟩: the optimum is N(c/β, I).
 
-    For v of N(m, I) is that of N(0, I) minus t m / ((1 − t)² + t²), whatever x_t: a bias for each t.
+    Its flow is that of N(0, I) minus t (c/β) / ((1 − t)² + t²), whatever x_t: a bias for each t.
     """
     c, times = torch.tensor([0.04, -0.02]), torch.linspace(0.1, 0.9, 9)
     t, bias = times.view(9, 1, 1), torch.zeros(9, 2, requires_grad=True)
@@ -156,9 +179,10 @@ def test_both_reach_the_known_optimum_of_a_toy(loss, beta):
 
     def closure():
         optimizer.zero_grad()
-        total = LOSSES[loss]((old + bias[:, None]).flatten(0, 1), old.flatten(0, 1), target.flatten(0, 1), r.flatten(), beta=beta)
-        total.mean().backward()
-        return total.mean()
+        pairs = (value.flatten(0, 1) for value in (old + bias[:, None], old, target))
+        total = LOSSES[loss](*pairs, r.flatten(), beta).mean()
+        total.backward()
+        return total
 
     optimizer.step(closure)
     optimum = -times[:, None] * (c / beta) / ((1 - times)**2 + times**2)[:, None]
@@ -172,17 +196,10 @@ def model(tmp_path_factory):
     return save_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def train(folder, resume=False, **settings):
-    return forward.train(Config(out=str(folder), **SMALL | settings), resume)
-
-
-def numbers(folder):
-    """What a run computed, without how long it took."""
-    return [{key: value for key, value in row.items() if "second" not in key} for row in read_metrics(folder / "metrics.jsonl")]
-
-
-def parameters(folder, key="parameters"):
-    return torch.cat([value.flatten() for value in load_checkpoint(folder / "checkpoint")[key]])
+@pytest.fixture(scope="module")
+def first(model):
+    """The weights of the model before training, as one vector."""
+    return torch.cat([p.flatten() for p in load_pipeline(model, "cpu").unet.parameters()])
 
 
 @pytest.fixture(scope="module")
@@ -191,89 +208,123 @@ def run(model, tmp_path_factory):
     return train(tmp_path_factory.mktemp("runs"), model=model, old_rise=0.05, kl=0.1)
 
 
-def test_a_run_leaves_what_a_run_of_ddpo_leaves(run):
+def train(folder, resume=False, **settings):
+    return forward.train(Config(out=str(folder), **SMALL | settings), resume)
+
+
+def numbers(folder):
+    """What a run computed, without how long it took."""
+    return [{key: value for key, value in row.items() if "second" not in key}
+            for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def weights(folder, key="parameters"):
+    return torch.cat([value.flatten() for value in load_checkpoint(folder / "checkpoint")[key]])
+
+
+def test_a_run_leaves_what_a_run_of_ddpo_leaves(run, first):
     assert run.name == "compress-nft"
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert {"images", "reward_mean", "reward_std", "loss", "deviation", "kl", "grad_norm", "seconds", "seconds_update",
-            "images_per_second", "eval_reward"} <= set(rows[-1])
-    assert [row["old_decay"] for row in rows[1:]] == pytest.approx([0.2, 0.4])  # 4 updates an epoch
-    for name in ("config.json", "rewards.png", "progress.png", "unet", "checkpoint/epoch_000002.pt"):
+    assert {"images", "reward_mean", "reward_std", "loss", "deviation", "kl", "grad_norm", "seconds",
+            "seconds_update", "images_per_second", "eval_reward"} <= set(rows[-1])
+    for name in ("config.json", "rewards.png", "progress.png", "unet", "checkpoint"):
         assert (run / name).exists()
+    assert not torch.equal(weights(run), first)
 
 
-def test_the_old_weights_trail_the_new_ones(run, model):
-    first = torch.cat([p.flatten() for p in load_pipeline(model, "cpu").unet.parameters()])
-    after_1, after_2 = (torch.load(run / f"checkpoint/epoch_00000{i}.pt", weights_only=True) for i in (1, 2))
-    flat = {(i, key): torch.cat([p.flatten() for p in saved[key]]) for i, saved in ((1, after_1), (2, after_2)) for key in ("parameters", "old")}
-    torch.testing.assert_close(flat[1, "old"], 0.2 * first + 0.8 * flat[1, "parameters"])
-    torch.testing.assert_close(flat[2, "old"], 0.4 * flat[1, "old"] + 0.6 * flat[2, "parameters"])
-
-
-def test_a_run_that_is_interrupted_ends_with_the_same_numbers(run, model, tmp_path):
+def test_a_run_that_is_interrupted_ends_with_the_same_numbers(run, model, tmp_path, first):
+    """Also the weights v_old, which trail the new ones with a decay that rises with each update."""
     settings = dict(model=model, old_rise=0.05, kl=0.1)
-    train(tmp_path, **settings, epochs=1)
-    folder = train(tmp_path, resume=True, **settings)
+    folder = train(tmp_path, **settings, epochs=1)
+    old = weights(folder, "old")
+    torch.testing.assert_close(old, 0.2 * first + 0.8 * weights(folder))  # 4 updates an epoch
+    train(tmp_path, resume=True, **settings)
+    torch.testing.assert_close(weights(folder, "old"), 0.4 * old + 0.6 * weights(folder))
     assert numbers(folder) == numbers(run)
     for key in ("parameters", "old"):
-        assert torch.equal(parameters(folder, key), parameters(run, key))
+        assert torch.equal(weights(folder, key), weights(run, key))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_without_advantages_a_run_does_not_move_the_model(model, tmp_path, loss):
-    """Exactly: no gradient, no step of Adam. With advantages, and with RWR's weights of 1, it moves."""
-    first = torch.cat([p.flatten() for p in load_pipeline(model, "cpu").unet.parameters()])
-    settings = dict(model=model, loss=loss, weight_decay=0.0, epochs=1, weighting="adaptive")
-    folder = train(tmp_path, **settings, advantages="zero", name="zero")
-    assert torch.equal(parameters(folder), first) and read_metrics(folder / "metrics.jsonl")[1]["grad_norm"] == 0
-    assert not torch.equal(parameters(train(tmp_path, **settings, name="moves")), first)
+def test_without_advantages_a_run_does_not_move_the_model(model, tmp_path, loss, first):
+    """Exactly: the gradient is 0, and so is each of Adam's steps."""
+    folder = train(tmp_path, model=model, loss=loss, advantages="zero", weight_decay=0.0,
+                   weighting="adaptive", epochs=1, steps=2)
+    assert torch.equal(weights(folder), first)
+    assert numbers(folder)[1]["grad_norm"] == 0 == numbers(folder)[1]["deviation"]
 
 
 def test_two_processes_train_like_one(model, tmp_path):
-    settings = SMALL | dict(model=model, out=str(tmp_path), epochs=1, loss="awm", lr=1e-4, sample_batch=2, train_batch=2)
-    words = [word for key, value in settings.items() for word in ("--" + key.replace("_", "-"), str(value))]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "forward.py"]
-    split = subprocess.Popen([*launch, *words, "--name", "split"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    settings = SMALL | dict(model=model, out=str(tmp_path), epochs=1, loss="awm", lr=1e-4,
+                            sample_batch=2, train_batch=2)
+    words = [word for key, value in settings.items()
+             for word in ("--" + key.replace("_", "-"), str(value))]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    split = subprocess.Popen([sys.executable, *torchrun, "forward.py", *words, "--name", "split"],
+                             cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     whole = forward.train(Config(**settings, name="whole"))
     out, err = split.communicate(timeout=300)
     assert split.returncode == 0, err
     assert out.splitlines()[-1].startswith("next: python sample.py")
-    difference = (parameters(whole) - parameters(tmp_path / "split")).abs()
+    difference = (weights(whole) - weights(tmp_path / "split")).abs()
     assert difference.max() <= 1e-5 and difference.mean() <= 1e-7
-    rows = [numbers(folder)[1] for folder in (whole, tmp_path / "split")]
-    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
-    assert rows[0]["reward_mean"] == rows[1]["reward_mean"]
+    one, two = (numbers(folder)[1] for folder in (whole, tmp_path / "split"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    assert one["reward_mean"] == two["reward_mean"]
 
 
-@pytest.mark.parametrize("settings", [dict(reward="compress:0.5,incompress:0.1", lora_rank=2, kl=0.1), dict(guidance_scale=1.0, dtype="bf16"),
-                                      dict(train_guidance=False, train_first=0.4, loss="awm")])
-def test_other_settings_run(model, tmp_path, settings):
-    folder = train(tmp_path, model=model, **settings, epochs=1)
-    assert all(value == value for value in read_metrics(folder / "metrics.jsonl")[1].values())
-    assert parameters(folder).isfinite().all()
+def save_flow_pipeline(folder):
+    """The tiny pipeline, as a flow-matching model."""
+    save_pipeline(folder)
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return str(folder)
 
 
-def test_v_prediction_models_train_too(tmp_path):
-    folder = train(tmp_path, model=save_pipeline(tmp_path / "model", "v_prediction"), epochs=1, weighting="adaptive")
-    assert read_metrics(folder / "metrics.jsonl")[1]["grad_norm"] > 0
+@pytest.mark.parametrize("kind, settings", [
+    ("epsilon", dict(reward="compress:0.5,incompress:0.1", lora_rank=2, kl=0.1)),
+    ("v_prediction", dict(weighting="adaptive", guidance_scale=1.0, dtype="bf16", eta=0.0)),
+    ("flow", dict(train_guidance=False, loss="awm")),
+])
+def test_mixtures_adapters_and_other_families_train_too(tmp_path, kind, settings):
+    model = tmp_path / "model"
+    model = save_flow_pipeline(model) if kind == "flow" else save_pipeline(model, kind)
+    folder = train(tmp_path, model=model, **settings, epochs=1, steps=2)
+    row = numbers(folder)[1]
+    assert row["grad_norm"] > 0 and row["deviation"] > 0 and weights(folder).isfinite().all()
 
 
 # what cannot work
 
 @pytest.mark.parametrize("arguments, names", [
-    (["--loss", "ddpo"], "nft, awm"), (["--weighting", "equal"], "none, adaptive"), (["--advantages", "prompt"], "group, zero"),
-    (["--beta", "0"], "--beta 0"), (["--clip-range", "-1"], "--clip-range"), (["--kl", "-1"], "--kl"), (["--beta", "nan"], "--beta nan"), (["--old-rise", "inf"], "finite"),
-    (["--advantage-clip", "0"], "--advantage-clip"), (["--old-ceiling", "1"], "--old-ceiling"), (["--old-rise", "-1"], "--old-rise"),
-    (["--train-first", "0"], "--train-first"), (["--group-size", "1"], "at least 2 pictures"), (["--updates", "5"], "multiple of"),
-    (["--algorithm", "sf"], "unrecognized arguments"), (["--resume", "DDPO"], "not that of a run of forward.py"),
+    (["--loss", "ddpo"], "nft, awm"),
+    (["--weighting", "equal"], "none, adaptive"),
+    (["--advantages", "prompt"], "group, zero"),
+    (["--beta", "0"], "--beta 0"),
+    (["--beta", "nan"], "--beta nan"),
+    (["--clip-range", "-1"], "--clip-range"),
+    (["--kl", "-1"], "--kl"),
+    (["--advantage-clip", "0"], "--advantage-clip"),
+    (["--old-ceiling", "1"], "--old-ceiling"),
+    (["--old-rise", "-1"], "--old-rise"),
+    (["--old-rise", "inf"], "finite"),
+    (["--group-size", "1"], "at least 2 pictures"),
+    (["--updates", "5"], "multiple of"),
+    (["--eta", "-0.5"], "--eta"),
+    (["--algorithm", "sf"], "unrecognized arguments"),
+    (["--resume", "DDPO"], "not that of a run of forward.py"),
 ])
 def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, arguments, names):
     (tmp_path / "ddpo").mkdir()
-    (tmp_path / "ddpo/config.json").write_text(json.dumps({"algorithm": "sf", "clip_range": 1e-4}))
+    ddpo_config = {"algorithm": "sf", "clip_range": 1e-4}
+    (tmp_path / "ddpo/config.json").write_text(json.dumps(ddpo_config))
     arguments = [str(tmp_path / "ddpo") if word == "DDPO" else word for word in arguments]
-    if arguments[0] != "--resume":
-        arguments += ["--out", str(tmp_path / "runs"), "--epochs", "1", "--steps", "2"]  # what starts ends soon
+    if arguments[0] != "--resume":  # should a check fail, what starts ends soon
+        arguments += ["--out", str(tmp_path / "runs"), "--epochs", "1", "--steps", "2"]
     with pytest.raises(SystemExit) as stop:
         forward.main(arguments)
     err = capsys.readouterr().err
@@ -283,5 +334,6 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys
 
 def test_every_preset_has_settings_that_can_work():
     for preset in forward.PRESETS:
-        config = forward.check(forward.parse_config(["--preset", preset, "--device", "cpu"])[0])
+        arguments = ["--preset", preset, "--device", "cpu"]
+        config = forward.check(forward.parse_config(arguments)[0])
         assert isinstance(config, Config) and config.images % (config.updates * config.group_size) == 0

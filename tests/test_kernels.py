@@ -1,4 +1,5 @@
-"""Both halves of kernels/, torch and Triton, held against float64 and against each other. On a CPU Triton interprets."""
+"""Both halves of kernels/, torch and Triton, held against float64 and against each other. On a CPU
+Triton interprets."""
 
 import json
 import math
@@ -21,8 +22,10 @@ ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLIP = 1e-4
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]  # of the network's output and of the latents
-ROUNDING = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}  # relative; the interpreter cuts bfloat16 off rather than rounding it
+# of the network's output and of the latents
+DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]
+# relative; the interpreter cuts bfloat16 off rather than rounding it
+ROUNDING = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 
 
@@ -42,73 +45,103 @@ def textbook_mean(prediction, output, x, a, a_prev, sigma):
 
 
 def problem(shape, prediction="epsilon", guidance_scale=5.0, dtypes=(F32, F32)):
-    """A step at a noise level of its own for each sample: `call`, the arguments of the kernels; `log_prob` in float64."""
+    """A step at a noise level of its own for each sample: `call`, the arguments of the kernels;
+    `mean`, `sigma` and `log_prob` in float64."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE)
-    a = torch.linspace(0.2, 0.9, shape[0], dtype=torch.float64, device=DEVICE).view(-1, *[1] * (len(shape) - 1))
+    a = torch.linspace(0.2, 0.9, shape[0], dtype=torch.float64, device=DEVICE)
+    a = a.view(-1, *[1] * (len(shape) - 1))
     a_prev = a + 0.05
     sigma = ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
-    c_x, c_o = (textbook_mean(prediction, torch.tensor(o), torch.tensor(x), a, a_prev, sigma) for o, x in ((0.0, 1.0), (1.0, 0.0)))
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    c_x = textbook_mean(prediction, zero, one, a, a_prev, sigma)
+    c_o = textbook_mean(prediction, one, zero, a, a_prev, sigma)
+    rows = shape[0] * (1 if guidance_scale is None else 2)
     call = dict(
-        noise_pred=draw(shape[0] * (1 if guidance_scale is None else 2), *shape[1:]).to(dtypes[0]),
+        noise_pred=draw(rows, *shape[1:]).to(dtypes[0]),
         latents=draw(*shape).to(dtypes[1]),
         coefficients=torch.cat([c_x, c_o, sigma, sigma.log()], dim=1).view(-1, 4).float(),
         guidance_scale=guidance_scale,
     )
 
     def mean(noise_pred):
-        uncond, cond = noise_pred.chunk(2) if guidance_scale is not None else (0, noise_pred)
-        output = cond if guidance_scale is None else (1 - guidance_scale) * uncond + guidance_scale * cond
+        output = noise_pred
+        if guidance_scale is not None:
+            uncond, cond = noise_pred.chunk(2)
+            output = (1 - guidance_scale) * uncond + guidance_scale * cond
         return textbook_mean(prediction, output, call["latents"].double(), a, a_prev, sigma)
 
     def log_prob(next_latents, noise_pred):
-        return torch.distributions.Normal(mean(noise_pred), sigma).log_prob(next_latents.double()).flatten(1).mean(1)
+        density = torch.distributions.Normal(mean(noise_pred), sigma)
+        return density.log_prob(next_latents.double()).flatten(1).mean(1)
 
-    return SimpleNamespace(call=call, noise=draw(*shape), advantages=draw(shape[0]), mean=mean, sigma=sigma, log_prob=log_prob)
+    return SimpleNamespace(
+        call=call, noise=draw(*shape), advantages=draw(shape[0]),
+        mean=mean, sigma=sigma, log_prob=log_prob,
+    )  # fmt: skip
+
+
+def exact_loss(log_prob, old_log_prob, advantages, clip_range):
+    """(loss, ratio) by the formulas of DDPO, in the dtype of log_prob."""
+    ratio = (log_prob - old_log_prob).exp()
+    if clip_range is None:
+        return -advantages * log_prob, ratio
+    limited = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantages * ratio, limited), ratio
+
+
+def assert_gradient(ours, exact, rtol):
+    """Close, and 1e-5 of the largest element where an element is nearly 0."""
+    atol = 1e-5 * exact.abs().max().item()
+    torch.testing.assert_close(ours.double(), exact, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 5.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (3, 3, 5, 7), (2, 1, 1, 3)])
-def test_a_step_is_eq_12_and_its_log_prob_that_of_the_rounded_latents(backend, shape, dtypes, prediction, guidance_scale):
+def test_a_step_is_eq_12_and_its_log_prob_that_of_the_rounded_latents(
+    backend, shape, dtypes, prediction, guidance_scale
+):
     p = problem(shape, prediction, guidance_scale, dtypes)
     stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
     noise_pred = p.call["noise_pred"].double()
     exact = p.mean(noise_pred) + p.sigma * p.noise
     assert stored.dtype == dtypes[1] and log_prob.dtype == F32
     torch.testing.assert_close(stored.double(), exact, rtol=ROUNDING[dtypes[1]], atol=1e-5)
-    torch.testing.assert_close(log_prob.double(), p.log_prob(stored, noise_pred), rtol=2e-6, atol=5e-6)
+    exact_log_prob = p.log_prob(stored, noise_pred)
+    torch.testing.assert_close(log_prob.double(), exact_log_prob, rtol=2e-6, atol=5e-6)
 
 
 @pytest.mark.parametrize("clip_range", [CLIP, None])
 @pytest.mark.parametrize("guidance_scale", [None, 5.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_loss_and_gradient_are_those_of_float64_autograd(backend, dtypes, prediction, guidance_scale, clip_range):
+def test_loss_and_gradient_are_those_of_float64_autograd(
+    backend, dtypes, prediction, guidance_scale, clip_range
+):
     p = problem((6, 3, 5, 7), prediction, guidance_scale, dtypes)
     stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
-    off = torch.tensor([0.5, -0.5, 3.0, 3.0, -3.0, -3.0], device=DEVICE)  # inside the clip, above, below
+    # two inside the clip, two above, two below
+    off = torch.tensor([0.5, -0.5, 3.0, 3.0, -3.0, -3.0], device=DEVICE)
     advantages = torch.tensor([1.5, -0.7, 1.5, -0.7, 1.5, -0.7], device=DEVICE)
     old_log_prob = log_prob - off * CLIP
     scale = 1000 * torch.rand((), generator=torch.Generator().manual_seed(1)).item()
     policy = dict(next_latents=stored, old_log_prob=old_log_prob, advantages=advantages)
-    loss, again, ratio, clipped, grad = fused_ppo_loss(**p.call, **policy, clip_range=clip_range, scale=scale)
+    policy["clip_range"] = clip_range
+    loss, again, ratio, clipped, grad = fused_ppo_loss(**p.call, **policy, scale=scale)
 
     noise_pred = p.call["noise_pred"].double().requires_grad_()
     exact_log_prob = p.log_prob(stored, noise_pred)
-    exact_ratio = (exact_log_prob - old_log_prob).exp()
-    exact = -advantages * exact_log_prob
-    if clip_range is not None:
-        exact = torch.maximum(-advantages * exact_ratio, -advantages * exact_ratio.clamp(1 - CLIP, 1 + CLIP))
+    exact, exact_ratio = exact_loss(exact_log_prob, old_log_prob, advantages, clip_range)
     (scale * exact.sum()).backward()
     torch.testing.assert_close(again.double(), exact_log_prob, rtol=2e-6, atol=5e-6)
     torch.testing.assert_close(ratio.double(), exact_ratio, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
     assert clipped.tolist() == [clip_range is not None and abs(o) > 1 for o in off.tolist()]
     assert grad.dtype == dtypes[0] and grad.shape == noise_pred.shape
-    torch.testing.assert_close(grad.double(), noise_pred.grad, rtol=ROUNDING[dtypes[0]], atol=1e-5 * noise_pred.grad.abs().max().item())
-    if clip_range is not None:  # the loss limits gains above 1 + c and losses below 1 − c, and nothing else
+    assert_gradient(grad, noise_pred.grad, rtol=ROUNDING[dtypes[0]])
+    if clip_range is not None:  # the loss limits gains above 1 + c and losses below 1 − c alone
         moves = grad.view(-1, 6, *grad.shape[1:]).abs().amax(dim=(0, 2, 3, 4)) > 0
         assert moves.tolist() == [True, True, False, True, True, False]
 
@@ -133,21 +166,14 @@ def test_policy_loss_is_differentiated_as_float64_autograd_would_do_it(
 
     exact_output = p.call["noise_pred"].double().requires_grad_()
     exact_log_prob = p.log_prob(stored, exact_output)
-    exact_ratio = (exact_log_prob - policy["old_log_prob"]).exp()
-    exact = -p.advantages * exact_log_prob
-    if clip_range is not None:
-        limited = -p.advantages * exact_ratio.clamp(1 - CLIP, 1 + CLIP)
-        exact = torch.maximum(-p.advantages * exact_ratio, limited)
+    exact, _ = exact_loss(exact_log_prob, policy["old_log_prob"], p.advantages, clip_range)
     (upstream.double() * scale * exact.sum()).backward()
 
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(objective, scale * loss.sum())
     assert output.grad.dtype == dtypes[0]
-    largest = exact_output.grad.abs().max().item()
-    rounding = 2 * ROUNDING[dtypes[0]]  # the stored gradient is rounded, and so is its product
-    torch.testing.assert_close(
-        output.grad.double(), exact_output.grad, rtol=rounding, atol=1e-5 * largest
-    )
+    # the stored gradient is rounded, and so is its product
+    assert_gradient(output.grad, exact_output.grad, rtol=2 * ROUNDING[dtypes[0]])
     of_kernel = fused_ppo_loss(output.detach(), **policy, clip_range=clip_range, scale=scale)
     for ours, theirs in zip((loss, *rest), of_kernel):  # loss, log_prob, ratio, clipped
         assert not ours.requires_grad and torch.equal(ours, theirs)
@@ -207,16 +233,20 @@ def test_in_float16_the_scale_inside_keeps_what_a_scale_outside_would_lose(backe
         assert error(outside) > 10 * error(inside)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 63, 65), (1, 4, 64, 64), (1, 5, 115, 117), (1, 4, 128, 128)])
+LARGE_AND_ODD = [(2, 4, 63, 65), (1, 4, 64, 64), (1, 5, 115, 117), (1, 4, 128, 128)]
+
+
+@pytest.mark.parametrize("shape", LARGE_AND_ODD)
 def test_large_and_odd_samples_match_float64_too(backend, shape):
     p = problem(shape)
     stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
     noise_pred = p.call["noise_pred"].double().requires_grad_()
     exact_log_prob = p.log_prob(stored, noise_pred)
     torch.testing.assert_close(log_prob.double(), exact_log_prob, rtol=2e-6, atol=5e-6)
-    _, _, _, _, grad = fused_ppo_loss(**p.call, next_latents=stored, old_log_prob=log_prob, advantages=p.advantages, clip_range=CLIP)
+    policy = dict(next_latents=stored, old_log_prob=log_prob, advantages=p.advantages)
+    _, _, _, _, grad = fused_ppo_loss(**p.call, **policy, clip_range=CLIP)
     exact_log_prob.backward(-p.advantages.double())
-    torch.testing.assert_close(grad.double(), noise_pred.grad, rtol=1e-5, atol=1e-5 * noise_pred.grad.abs().max().item())
+    assert_gradient(grad, noise_pred.grad, rtol=1e-5)
 
 
 @pytest.mark.parametrize("drawn", ["noise", "seed"])
@@ -224,41 +254,53 @@ def test_large_and_odd_samples_match_float64_too(backend, shape):
 @pytest.mark.parametrize("shape", [(3, 3, 5, 7), (1, 4, 63, 65)])
 def test_before_the_first_update_the_ratio_is_exactly_one(backend, shape, dtypes, drawn):
     p = problem(shape, dtypes=dtypes)
-    stored, log_prob = fused_ddim_step(**p.call, **dict(noise=p.noise) if drawn == "noise" else dict(seed=1))
+    source = dict(noise=p.noise) if drawn == "noise" else dict(seed=1)
+    stored, log_prob = fused_ddim_step(**p.call, **source)
     assert torch.equal(fused_ddim_step(**p.call, next_latents=stored)[1], log_prob)
     policy = dict(next_latents=stored, old_log_prob=log_prob, advantages=p.advantages)
     _, again, ratio, clipped, _ = fused_ppo_loss(**p.call, **policy, clip_range=CLIP)
-    assert torch.equal(again, log_prob) and torch.equal(ratio, torch.ones_like(ratio)) and not clipped.any()
+    assert torch.equal(again, log_prob)
+    assert torch.equal(ratio, torch.ones_like(ratio)) and not clipped.any()
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 5, 7), (3, 4, 63, 65), (2, 4, 128, 128)])
-def test_a_sample_has_the_same_log_prob_bits_alone_as_in_a_batch_and_however_the_work_is_divided(backend, shape, monkeypatch):
+def test_a_sample_has_the_same_log_prob_bits_alone_as_in_a_batch_and_however_the_work_is_divided(
+    backend, shape, monkeypatch
+):
     if DEVICE == "cuda" and backend == "torch":
         pytest.skip("torch's own sums on a GPU are cut by the batch size")
     p = problem(shape)
     stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
     for i in range(shape[0]):
+        one = slice(i, i + 1)
         alone = dict(
-            noise_pred=p.call["noise_pred"].unflatten(0, (2, -1))[:, i].contiguous(), latents=p.call["latents"][i : i + 1],
-            coefficients=p.call["coefficients"][i], next_latents=stored[i : i + 1], guidance_scale=5.0,
-        )  # fmt: skip
+            noise_pred=p.call["noise_pred"].unflatten(0, (2, -1))[:, i].contiguous(),
+            latents=p.call["latents"][one],
+            coefficients=p.call["coefficients"][i],
+            next_latents=stored[one],
+            guidance_scale=5.0,
+        )
+        policy = dict(old_log_prob=log_prob[one], advantages=p.advantages[one], clip_range=CLIP)
         for split in [None] if backend == "torch" else [False, True]:
             monkeypatch.setattr(ddim_step, "SPLIT", split)
-            assert torch.equal(fused_ddim_step(**alone)[1], log_prob[i : i + 1])
-            policy = dict(old_log_prob=log_prob[i : i + 1], advantages=p.advantages[i : i + 1], clip_range=CLIP)
-            assert torch.equal(fused_ppo_loss(**alone, **policy)[1], log_prob[i : i + 1])
+            assert torch.equal(fused_ddim_step(**alone)[1], log_prob[one])
+            assert torch.equal(fused_ppo_loss(**alone, **policy)[1], log_prob[one])
 
 
 def test_at_a_tie_the_unclipped_branch_wins_so_on_policy_both_losses_have_one_gradient(backend):
     p = problem((4, 3, 5, 7))
     stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
     policy = dict(next_latents=stored, old_log_prob=log_prob, advantages=p.advantages)
-    grads = [fused_ppo_loss(**p.call, **policy, clip_range=clip_range)[4] for clip_range in (None, CLIP, 0.0)]
+    clip_ranges = None, CLIP, 0.0
+    grads = [fused_ppo_loss(**p.call, **policy, clip_range=value)[4] for value in clip_ranges]
     assert grads[0].abs().max() > 0
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
-@pytest.mark.parametrize("where", ["noise_pred", "latents", "next_latents", "old_log_prob", "advantages"])
+WITH_NAN = ["noise_pred", "latents", "next_latents", "old_log_prob", "advantages"]
+
+
+@pytest.mark.parametrize("where", WITH_NAN)
 def test_a_nan_in_one_sample_makes_its_loss_and_whole_gradient_nan_and_no_others(backend, where):
     p = problem((2, 3, 5, 7))
     stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
@@ -271,67 +313,89 @@ def test_a_nan_in_one_sample_makes_its_loss_and_whole_gradient_nan_and_no_others
     assert grad[[0, 2]].isnan().all() and not grad[[1, 3]].isnan().any()
     if where != "old_log_prob":  # the score function has no ratio
         loss, _, _, _, grad = fused_ppo_loss(**call, clip_range=None)
-        assert loss.isnan().tolist() == [True, False] and grad[0].isnan().any() and not grad[[1, 3]].isnan().any()
+        assert loss.isnan().tolist() == [True, False]
+        assert grad[0].isnan().any() and not grad[[1, 3]].isnan().any()
     if where in ("noise_pred", "latents"):
         redrawn, log_prob = fused_ddim_step(**{key: call[key] for key in p.call}, noise=p.noise)
-        assert redrawn[0].isnan().any() and not redrawn[1].isnan().any() and log_prob.isnan().tolist() == [True, False]
+        assert redrawn[0].isnan().any() and not redrawn[1].isnan().any()
+        assert log_prob.isnan().tolist() == [True, False]
 
 
 def draw(seed, shape=(2, 4, 64, 64)):
     """The noise itself: with μ = 0 and σ = 1 the step is the noise."""
     zeros = torch.zeros(shape, device=DEVICE)
-    return fused_ddim_step(zeros, zeros, torch.tensor([0.0, 0.0, 1.0, 0.0], device=DEVICE), seed=seed)[0]
+    row = torch.tensor([0.0, 0.0, 1.0, 0.0], device=DEVICE)
+    return fused_ddim_step(zeros, zeros, row, seed=seed)[0]
 
 
-def test_noise_drawn_from_a_seed_is_normal_and_independent_across_elements_samples_offsets_and_seeds(backend):
-    zs = [draw(torch.tensor(seed, device=DEVICE)).double() for seed in ([3, 0], [3, 1], [3, 2**32], [4, 0])]
+def test_noise_from_a_seed_is_normal_and_independent_across_elements_samples_offsets_and_seeds(
+    backend
+):
+    seeds = [3, 0], [3, 1], [3, 2**32], [4, 0]
+    zs = [draw(torch.tensor(seed, device=DEVICE)).double() for seed in seeds]
     z = torch.stack(zs).flatten()
-    n = len(z)  # 131,072: a mean has a standard error of 1/√n, a variance √2/√n, a fourth moment √96/√n
+    # 131,072: a mean has a standard error of 1/√n, a variance √2/√n, a fourth moment √96/√n
+    n = len(z)
     assert abs(z.mean()) < 4 / n**0.5
     assert abs(z.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs((z**4).mean() - 3) < 4 * (96 / n) ** 0.5
     assert abs((z.abs() > 2).double().mean() - 0.0455) < 4 * (0.0455 / n) ** 0.5
     for lag in (1, 2, 3, 4, 64, 4096, 16384):
         assert abs((z[lag:] * z[:-lag]).mean()) < 4 / n**0.5, lag
-    pairs = torch.corrcoef(torch.stack(zs).view(8, -1)) - torch.eye(8, device=DEVICE)  # four draws of two samples
-    squares = torch.corrcoef(torch.stack(zs).view(8, -1) ** 2) - torch.eye(8, device=DEVICE)
+    draws, same = torch.stack(zs).view(8, -1), torch.eye(8, device=DEVICE)  # four of two samples
+    pairs, squares = torch.corrcoef(draws) - same, torch.corrcoef(draws**2) - same
     assert pairs.abs().max() < 5 / 16384**0.5 and squares.abs().max() < 5 / 16384**0.5
 
 
-def test_the_same_seed_draws_the_same_noise_as_a_number_or_on_the_device_and_however_the_work_is_divided(backend, monkeypatch):
+def test_the_same_seed_draws_the_same_noise_as_a_number_or_on_the_device_and_however_it_is_divided(
+    backend, monkeypatch
+):
     z = draw(5)
     for seed in (5, torch.tensor([5, 0], device=DEVICE)):
         for split in (False, True):
             monkeypatch.setattr(ddim_step, "SPLIT", split)
             assert torch.equal(draw(seed), z)
     assert not torch.equal(draw(torch.tensor([5, 1], device=DEVICE)), z)
-    assert draw(2**40 + 1, (1, 1, 1, 3)).isfinite().all() and draw(-1, (1, 3, 5, 7)).isfinite().all()
+    assert draw(2**40 + 1, (1, 1, 1, 3)).isfinite().all()
+    assert draw(-1, (1, 3, 5, 7)).isfinite().all()
 
 
 def test_one_row_of_coefficients_serves_all_samples(backend):
     p = problem((3, 3, 5, 7))
     row = p.call["coefficients"][1].contiguous()
-    rows = dict(p.call, coefficients=row.expand(3, 4).contiguous())
-    for one, each in zip(fused_ddim_step(**dict(p.call, coefficients=row), noise=p.noise), fused_ddim_step(**rows, noise=p.noise)):
+    for_all = dict(p.call, coefficients=row)
+    for_each = dict(p.call, coefficients=row.expand(3, 4).contiguous())
+    steps = (fused_ddim_step(**call, noise=p.noise) for call in (for_all, for_each))
+    for one, each in zip(*steps):
         assert torch.equal(one, each)
-    policy = dict(next_latents=p.noise, old_log_prob=torch.zeros(3, device=DEVICE), advantages=p.advantages, clip_range=CLIP)
-    for one, each in zip(fused_ppo_loss(**dict(p.call, coefficients=row), **policy), fused_ppo_loss(**rows, **policy)):
+    policy = dict(next_latents=p.noise, advantages=p.advantages, clip_range=CLIP)
+    policy["old_log_prob"] = torch.zeros(3, device=DEVICE)
+    losses = (fused_ppo_loss(**call, **policy) for call in (for_all, for_each))
+    for one, each in zip(*losses):
         assert torch.equal(one, each)
 
 
 def test_a_scale_on_the_device_is_the_same_as_a_number(backend):
     p = problem((2, 3, 5, 7), dtypes=(F16, F32))
-    policy = dict(next_latents=p.noise, old_log_prob=torch.zeros(2, device=DEVICE), advantages=p.advantages, clip_range=None)
+    policy = dict(next_latents=p.noise, advantages=p.advantages, clip_range=None)
+    policy["old_log_prob"] = torch.zeros(2, device=DEVICE)
     number = fused_ppo_loss(**p.call, **policy, scale=512.0)[4]
     for scale in (torch.tensor(512.0, device=DEVICE), torch.tensor([512.0], device=DEVICE)):
         assert torch.equal(fused_ppo_loss(**p.call, **policy, scale=scale)[4], number)
 
 
+def transposed(tensor):
+    """The same elements with other strides."""
+    return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+
+
 WRONG = {
     "noise_pred: shape": lambda c: c.update(noise_pred=c["noise_pred"][:2]),
-    "noise_pred: not contiguous": lambda c: c.update(noise_pred=c["noise_pred"].transpose(2, 3).contiguous().transpose(2, 3)),
+    "noise_pred: not contiguous": lambda c: c.update(noise_pred=transposed(c["noise_pred"])),
     "latents: torch.int64": lambda c: c.update(latents=c["latents"].long()),
-    "latents: not contiguous": lambda c: c.update(latents=c["latents"].contiguous(memory_format=torch.channels_last)),
+    "latents: not contiguous": lambda c: c.update(
+        latents=c["latents"].contiguous(memory_format=torch.channels_last)
+    ),
     "latents: shape (0, 3, 5, 7)": lambda c: c.update(latents=c["latents"][:0]),
     "coefficients: shape": lambda c: c.update(coefficients=c["coefficients"][:, :3]),
     "coefficients: torch.float16": lambda c: c.update(coefficients=c["coefficients"].half()),
@@ -347,7 +411,8 @@ WRONG = {
 @pytest.mark.parametrize("message", WRONG)
 def test_a_wrong_argument_is_named_in_one_line_before_anything_runs(backend, message):
     p = problem((2, 3, 5, 7))
-    call = dict(p.call, next_latents=p.noise, old_log_prob=torch.zeros(2, device=DEVICE), advantages=p.advantages, clip_range=CLIP)
+    call = dict(p.call, next_latents=p.noise, advantages=p.advantages, clip_range=CLIP)
+    call["old_log_prob"] = torch.zeros(2, device=DEVICE)
     WRONG[message](call)
     with pytest.raises(ValueError) as error:
         fused_ppo_loss(**call)
@@ -381,7 +446,9 @@ def test_an_unknown_backend_is_refused_and_float64_always_goes_to_torch(monkeypa
     monkeypatch.setattr(kernels, "BACKEND", "cuda")
     with pytest.raises(ValueError, match="choose auto, triton or torch"):
         fused_ddim_step(**p.call, noise=p.noise)
-    assert [kernels.use_triton(p.noise.double()) for kernels.BACKEND in ("auto", "triton", "torch")] == [False] * 3
+    for backend in ("auto", "triton", "torch"):
+        monkeypatch.setattr(kernels, "BACKEND", backend)
+        assert kernels.use_triton(p.noise.double()) is False
     monkeypatch.setattr(kernels, "BACKEND", "auto")
     assert kernels.use_triton(p.noise) == (DEVICE == "cuda" and kernels.triton is not None)
 
@@ -401,13 +468,17 @@ assert ppo_loss.fused_ppo_loss(x, x, x1, row, log_prob, torch.ones(2), 1e-4)[2].
 
 @needs_triton
 def test_the_benchmark_runs_here_and_finds_the_kernels_right(tmp_path):
-    command = [sys.executable, "benchmarks/kernels.py", "--batch", "1", "--dtype", "float32", "--out", str(tmp_path / "out.json")]
-    printed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    record = json.loads((tmp_path / "out.json").read_text())
+    def run(*flags):
+        command = [sys.executable, "benchmarks/kernels.py", *flags]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+    out = tmp_path / "out.json"
+    printed = run("--batch", "1", "--dtype", "float32", "--out", str(out))
+    record = json.loads(out.read_text())
     assert record["errors"][0]["same_bits"] and record["errors"][0]["grad"] < 1e-5
     assert {row["way"] for row in record["rows"]} >= {"eager, as common", "eager, table", "fused"}
-    again = subprocess.run([*command[:2], "--table", command[-1]], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert again == printed and ("times mean nothing" in printed) == (DEVICE == "cpu")
+    assert run("--table", str(out)) == printed
+    assert ("times mean nothing" in printed) == (DEVICE == "cpu")
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

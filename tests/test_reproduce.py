@@ -79,6 +79,14 @@ def fake_run(folder, seed, sizes=(2.5, 2.2, 2.0), cosines=(0.66, 0.65, 0.3), **s
     (folder / "metrics.jsonl").write_text("".join(lines))
 
 
+@pytest.fixture(autouse=True)
+def handler_of_this_process():
+    """`reproduce.main` sets its own, for the process that it is."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """An empty folder in the place of this one."""
@@ -176,6 +184,7 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(tmp_path
 def test_where_weights_are_pictures_and_measurements_are_taken_of_them(tmp_path):
     out, results = tmp_path / "out", tmp_path / "results"
     command = TINY.replace("--eval-images 2", "--eval-images 64").replace("--watch=", "")
+    command = command.replace("--epochs 2", "--epochs 1")
     assert run_all({"compress-0": command}, out, results / "logs", jobs=1, minutes=0) == []
     runs = {"compress-0": read_metrics(results / "logs/compress-0/metrics.jsonl")}
     reproduce_figures.draw_rewards(runs, results, out)
@@ -185,17 +194,16 @@ def test_where_weights_are_pictures_and_measurements_are_taken_of_them(tmp_path)
     config = reproduce_figures.settings_of(out / "compress-0")
     animals = reproduce_figures.load_prompts("animals")
     first, last = kept("compress-0", results / "logs")
-    for folder, row in ((None, first), (out / "compress-0", last)):
-        measured = measure(config, folder, animals)
-        evaluated = row["eval_reward"], row["eval_clip"], row["eval_clip_top1"]
-        assert tuple(measured.values()) == pytest.approx(evaluated, rel=2e-2)  # bfloat16 there
+    measured = measure(config, out / "compress-0", animals)
+    evaluated = last["eval_reward"], last["eval_clip"], last["eval_clip_top1"]
+    assert tuple(measured.values()) == pytest.approx(evaluated, rel=2e-2)  # bfloat16 there
     assert first["eval_reward"] != last["eval_reward"]
 
 
 SLEEPER = """
 import os, pathlib, time
 pathlib.Path("pid").write_text(str(os.getpid()))
-time.sleep(60)
+time.sleep(600)
 """
 WITH_ONE_SLEEPING_RUN = """
 import pathlib, reproduce
@@ -215,13 +223,13 @@ def test_no_run_outlives_the_command_that_started_it(tmp_path, killed_by):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", WITH_ONE_SLEEPING_RUN], cwd=tmp_path,
                                env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
+    deadline = time.time() + 300  # on a busy machine its imports take long
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     run = int((tmp_path / "pid").read_text())
     process.send_signal(killed_by)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=100)
     if killed_by == signal.SIGTERM:
         assert errors.splitlines()[-1] == "stopped; the same command goes on"
     while is_alive(run):

@@ -1,6 +1,8 @@
 """Claims about the emoji world and the model that was pretrained on it."""
 
 import json
+import re
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from sample import load_pipeline, sample_trajectories
 
 
 def test_the_same_seed_draws_the_same_scenes():
-    (first, captions), (again, captions_again) = scenes.draw_scenes(20, seed=5), scenes.draw_scenes(20, seed=5)
+    first, captions = scenes.draw_scenes(20, seed=5)
+    again, captions_again = scenes.draw_scenes(20, seed=5)
     assert np.array_equal(first, again) and captions == captions_again
     assert first.shape == (20, 64, 64, 3) and first.dtype == np.uint8
 
@@ -22,32 +25,38 @@ def test_the_same_seed_draws_the_same_scenes():
 def test_captions_are_of_the_three_kinds():
     for kind, words in {"background": " background", "pair": " with a"}.items():
         assert all(words in caption for caption in scenes.draw_scenes(30, seed=0, kind=kind)[1])
-    assert set(scenes.draw_scenes(30, seed=0, kind="alone")[1]) <= {scenes.with_article(noun) for noun in scenes.nouns()}
+    assert set(scenes.draw_scenes(30, seed=0, kind="alone")[1]) <= set(with_articles())
+
+
+def with_articles(group=None):
+    return [scenes.with_article(noun) for noun in scenes.nouns(group)]
 
 
 def test_the_prompt_files_name_what_was_drawn():
-    assert prompts.load_prompts("animals") == [scenes.with_article(noun) for noun in scenes.nouns("animals")]
-    assert prompts.load_prompts("animals_held_out") == [scenes.with_article(noun) for noun in scenes.nouns("held_out_animals")]
-    assert prompts.load_prompts("objects") == [scenes.with_article(noun) for noun in scenes.nouns("objects")]
+    assert prompts.load_prompts("animals") == with_articles("animals")
+    assert prompts.load_prompts("animals_held_out") == with_articles("held_out_animals")
+    assert prompts.load_prompts("objects") == with_articles("objects")
 
 
 def test_every_noun_has_a_sprite_in_every_style():
     assert len(scenes.nouns()) == 109
     for noun, sprites in scenes.load_sprites().items():
-        assert len(sprites) == 4 and all(np.asarray(sprite)[..., 3].mean() > 20 for sprite in sprites), noun
+        opacity = [np.asarray(sprite)[..., 3].mean() for sprite in sprites]
+        assert len(sprites) == 4 and min(opacity) > 20, noun
 
 
 def test_the_clip_recognises_fresh_scenes():
     pictures, captions = scenes.draw_scenes(300, seed=987, kind="alone")
-    nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
-    right = clip_top1(torch.tensor(pictures).permute(0, 3, 1, 2), captions, nouns)
+    right = clip_top1(torch.tensor(pictures).permute(0, 3, 1, 2), captions, with_articles())
     assert right.float().mean() >= 0.945  # 0.968 of a thousand, less two standard errors
 
 
 def test_the_clip_recognises_what_the_model_draws():
-    nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
+    nouns, pipeline = with_articles(), load_pipeline("models/emoji", "cpu")
     generator = torch.Generator().manual_seed(0)
-    images = sample_trajectories(load_pipeline("models/emoji", "cpu"), nouns, 20, 4.0, generator=generator, dtype=torch.bfloat16).images
+    images = sample_trajectories(
+        pipeline, nouns, 20, 4.0, generator=generator, dtype=torch.bfloat16
+    ).images
     assert clip_top1(images, nouns, nouns).float().mean() >= 0.92  # 0.96, less two standard errors
 
 
@@ -55,15 +64,19 @@ def test_no_text_is_unknown_to_the_tokenizer():
     tokenizer = load_pipeline("models/emoji", "cpu").tokenizer
     for text in ["a cat riding a bike", "qüixotic żółw 7", "日本"]:
         tokens = tokenizer(text, add_special_tokens=False).input_ids
-        assert tokenizer.unk_token_id not in tokens and tokenizer.decode(tokens).replace(" ", "") == text.replace(" ", "")
+        assert tokenizer.unk_token_id not in tokens
+        assert tokenizer.decode(tokens).replace(" ", "") == text.replace(" ", "")
 
 
 def test_the_text_encoder_of_the_pipeline_is_that_of_the_clip():
-    """On any release of transformers: some know the weights' names with a prefix only, and would leave them random."""
-    pipeline, clip = load_pipeline("models/emoji", "cpu"), CLIPModel.from_pretrained(pretrain.ROOT / "models/emoji/clip")
+    """On any release of transformers: some know the weights' names with a prefix only, and would
+    leave the weights random."""
+    pipeline = load_pipeline("models/emoji", "cpu")
+    clip = CLIPModel.from_pretrained(pretrain.ROOT / "models/emoji/clip")
     ids = pretrain.tokenize(pipeline.tokenizer, ["a cat with a guitar"])
     expected = clip.float().text_model(ids).last_hidden_state
-    torch.testing.assert_close(pipeline.text_encoder(ids).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+    encoded = pipeline.text_encoder(ids).last_hidden_state
+    torch.testing.assert_close(encoded, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path):
@@ -88,8 +101,44 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--clip-steps", "0"], "--clip-steps 0: must be at least 1"),
+    (["--unet-batch", "-3"], "--unet-batch -3: must be at least 1"),
+    (["--vae-lr", "nan"], "--vae-lr nan: must be above 0"),
+    (["--ema", "1"], "--ema 1.0: must be at least 0 and below 1"),
+    (["--caption-dropout", "1.5"], "--caption-dropout 1.5: must be 0 to 1"),
+    (["--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--work", "{file}"], "--work {file}: must be a folder"),
+    (["--out", "{file}/model"], "--out {file}/model: must be a folder"),
+    (["--only", "vae"], "--only vae: only the stage flow can run alone"),
+    (["--only", "flow", "--out", "{file}.none"], "--out {file}.none: has no model"),
+    (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+])
+def test_a_setting_that_cannot_work_is_named_in_one_line(flags, message, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(SystemExit) as stop:
+        pretrain.parse_config([flag.format(file=file) for flag in flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message.format(file=file)) and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_help_explains_every_setting_of_the_pretraining(capsys):
+    with pytest.raises(SystemExit):
+        pretrain.parse_config(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for field in fields(pretrain.Config):
+        flag = "--" + field.name.replace("_", "-")
+        explained = re.search(rf" {flag} {field.type.__name__.upper()} (?!--)(\w+)", words)
+        assert explained, flag
+    assert pretrain.parse_config(["--vae-batch", "4"]) == pretrain.Config(vae_batch=4)
+
+
 def test_the_shipped_weights_stay_small():
     folder = pretrain.ROOT / "models/emoji"
     megabytes = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
     assert megabytes <= 20
-    assert json.loads((folder / "figures.json").read_text())["weights_megabytes"] == pytest.approx(megabytes)
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["weights_megabytes"] == pytest.approx(megabytes)

@@ -6,14 +6,15 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ddpo
 from ddpo import Config, PRESETS, kl_loss, parse_config, reference_output, step_weights
-from run_folder import read_metrics
+from models import is_emoji, latents_shape
+from run_folder import read_metrics, save_weights
 from sample import ddim_table, encode_prompts, load_pipeline, predict, step_etas
-from stable_diffusion import save_pipeline
-from training import start
+from stable_diffusion import ROOT, save_pipeline
+from training import make_trainable, start
 
 SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=1, eval_images=4, group_size=2, watch="", updates=2, lora_rank=4,
              device="cpu", dtype="fp32", lr=1e-3)
@@ -85,6 +86,148 @@ def test_plain_diffusers_draws_the_same_picture_from_the_adapter(model, tmp_path
     tuned = draw(plain)
     assert (tuned - base).abs().max() > 0.01
     torch.testing.assert_close(tuned, draw(load_pipeline(model, "cpu", lora=folder)), rtol=0, atol=1e-3)
+
+
+LAYERS = ["to_q", "proj_in", "proj_out", "conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1",
+          "ff.net.0.proj", "ff.net.2", "conv"]
+
+
+@pytest.mark.parametrize("targets", [",".join(LAYERS), "to_k,conv_in", "conv_out,to_v", "proj_in"])
+def test_an_adapter_on_any_layer_comes_back_whole_in_plain_diffusers_and_here(epsilon_model, tmp_path, targets):
+    pipeline, config = load_pipeline(epsilon_model, "cpu"), Config(lora_rank=3, lora_targets=targets)
+    parameters = make_trainable(pipeline.unet, config)
+    with torch.no_grad():
+        for p in parameters:
+            p.normal_(0, 0.1)
+    save_weights(pipeline, config, tmp_path / "run")
+    plain = StableDiffusionPipeline.from_pretrained(epsilon_model)
+    plain.load_lora_weights(str(tmp_path / "run"))
+    torch.manual_seed(0)
+    x, embeds = torch.randn(1, 4, 8, 8), torch.randn(1, 20, 32)
+    tuned = predict(pipeline.unet, x, torch.tensor([500]), embeds)
+    assert sum("lora_" in name for name, _ in plain.unet.named_parameters()) == len(parameters)
+    for other in (plain, load_pipeline(epsilon_model, "cpu", lora=tmp_path / "run")):
+        torch.testing.assert_close(predict(other.unet, x, torch.tensor([500]), embeds), tuned, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_or_a_unet_that_fits_in_part_is_refused(epsilon_model, tmp_path):
+    pipeline, config = load_pipeline(epsilon_model, "cpu"), Config(lora_rank=3)
+    make_trainable(pipeline.unet, config)
+    save_weights(pipeline, config, tmp_path / "run")
+    file = tmp_path / "run/pytorch_lora_weights.safetensors"
+    tensors = load_file(file)
+    renamed = [key for key in tensors if "attn2.to_q" in key]
+    save_file({key.replace("attn2.to_q", "attn2.to_r"): value for key, value in tensors.items()}, file)
+    with pytest.raises(ValueError, match=f"--lora .* {len(tensors)} tensors .* {len(tensors) - len(renamed)}") as error:
+        load_pipeline(epsilon_model, "cpu", lora=tmp_path / "run")
+    assert "\n" not in str(error.value)
+    load_pipeline(epsilon_model, "cpu").unet.save_pretrained(tmp_path / "whole/unet")
+    file = tmp_path / "whole/unet/diffusion_pytorch_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if key != "conv_out.bias"}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="--lora .* 1 weights of its unet .* conv_out.bias"):
+        load_pipeline(epsilon_model, "cpu", lora=tmp_path / "whole")
+    other = save_pipeline(tmp_path / "other", block_out_channels=(32, 96))
+    load_pipeline(other, "cpu").unet.save_pretrained(tmp_path / "foreign/unet")
+    with pytest.raises(ValueError, match="--lora .*other layers"):
+        load_pipeline(epsilon_model, "cpu", lora=tmp_path / "foreign")
+
+
+def lacks(component, key):
+    def damage(folder):
+        file, = (folder / component).glob("*.safetensors")
+        save_file({name: value for name, value in load_file(file).items() if not name.endswith(key)}, file, {"format": "pt"})
+    return damage
+
+
+def edited(file, **changes):
+    def damage(folder):
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(settings | changes))
+    return damage
+
+
+def unfused(folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    make_trainable(pipeline.unet, Config(lora_rank=2))
+    pipeline.save_pretrained(folder)
+
+
+def code(component, entry):
+    """A folder that asks diffusers to run its Python file, as releases before 0.38 do."""
+    def damage(folder):
+        (folder / component).mkdir(exist_ok=True)
+        (folder / component / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+        edited("model_index.json", **{component or "_class_name": entry})(folder)
+    return damage
+
+
+@pytest.mark.parametrize("damage, names", [
+    (lacks("text_encoder", "layers.0.mlp.fc2.weight"), "1 weights of its text_encoder"),
+    (lacks("text_encoder", "final_layer_norm.bias"), "1 weights of its text_encoder"),
+    (lacks("vae", "decoder.conv_out.weight"), "1 weights of its vae"),
+    (lacks("unet", "conv_in.weight"), "1 weights of its unet"),
+    (unfused, "fuse_lora"),
+    (lambda folder: (folder / "vae/diffusion_pytorch_model.safetensors").unlink(), "no weights in its folder vae/"),
+    (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer/ is missing"),
+    (edited("unet/config.json", sample_size=None), "sample_size null; give --resolution"),
+    (edited("unet/config.json", encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "asks for more"),
+    (edited("vae/config.json", latent_channels=9), "cannot be loaded"),
+    (edited("text_encoder/config.json", hidden_size=64), "cannot be loaded"),
+    (edited("model_index.json", _class_name="StableDiffusionInpaintPipeline"), "StableDiffusion3Pipeline"),
+    (edited("model_index.json", _class_name=None), "none of the families"),
+    (edited("model_index.json", vae=["transformers", "CLIPTextModel"]), "its vae is"),
+    (edited("model_index.json", text_encoder=[None, None]), "its text_encoder is"),
+    (edited("model_index.json", text_encoder=["os", "system"]), "its text_encoder is"),
+    (lambda folder: (folder / "model_index.json").write_text("[]"), "cannot be loaded"),
+    (code("", ["evil", "Evil"]), "none of the families"),
+    (code("unet", ["evil", "Evil"]), "evil.py"),
+    (code("text_encoder", ["transformers", "CLIPTextModel"]), "evil.py"),
+])
+def test_a_folder_with_a_hole_or_with_code_is_one_line_and_nothing_runs(epsilon_model, tmp_path, capsys, damage, names):
+    model = tmp_path / "model"
+    shutil.copytree(epsilon_model, model)
+    damage(model)
+    default = torch.get_default_dtype()
+    with pytest.raises(SystemExit) as stop:
+        ddpo.main(["--model", str(model), "--out", str(tmp_path / "runs"), "--device", "cpu", "--epochs", "1", "--prompts", "animals"])
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--")]
+    assert stop.value.code == 2 and len(err) == 1 and names in err[0] and f"--model {model}" in err[0]
+    assert not (tmp_path / "runs").exists() and not (model / "ran").exists()
+    assert torch.get_default_dtype() == default
+
+
+@pytest.mark.parametrize("settings", [
+    dict(time_cond_proj_dim=16), dict(class_embed_type="timestep"), dict(num_class_embeds=3), dict(in_channels=9),
+    dict(out_channels=8), dict(addition_embed_type="text", addition_embed_type_num_heads=4), dict(attention_type="gated"),
+    dict(cross_attention_dim=48)])
+def test_a_network_that_asks_for_more_or_gives_something_else_is_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match="^--model .*(asks for more|do not fit|predicts)") as error:
+        load_pipeline(save_pipeline(tmp_path / "model", **settings), "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_one_variant_is_loaded_and_a_null_size_is_given_by_resolution(epsilon_model, tmp_path):
+    plain = load_pipeline(epsilon_model, "cpu")
+    StableDiffusionPipeline.from_pretrained(epsilon_model).to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
+    edited("unet/config.json", sample_size=None)(tmp_path / "model")
+    half = load_pipeline(str(tmp_path / "model"), "cpu", resolution=16)
+    assert latents_shape(half) == latents_shape(plain) == (4, 8, 8)
+    assert latents_shape(load_pipeline(epsilon_model, "cpu", resolution=32)) == (4, 16, 16)
+    for a, b in zip(plain.unet.parameters(), half.unet.parameters(), strict=True):
+        assert torch.equal(a.half().float(), b)
+    with pytest.raises(ValueError, match="--resolution 15: must be a multiple of 2"):
+        load_pipeline(epsilon_model, "cpu", resolution=15)
+
+
+def test_a_folder_of_ones_own_called_emoji_is_not_the_shipped_model(epsilon_model, tmp_path, monkeypatch):
+    shutil.copytree(epsilon_model, tmp_path / "models/emoji")
+    assert is_emoji("models/emoji") and is_emoji(ROOT / "models/emoji") and not is_emoji(tmp_path / "models/emoji")
+    (tmp_path / "link").symlink_to(ROOT / "models/emoji")
+    assert is_emoji(tmp_path / "link") and not is_emoji("someone/emoji")
+    monkeypatch.chdir(tmp_path)
+    assert not is_emoji("models/emoji") and parse_config(["--model", "models/emoji"])[0].preset == "sd15"
+    monkeypatch.chdir(tmp_path / "models")
+    assert is_emoji("models/emoji") and not is_emoji("emoji")
 
 
 def inputs(run, batch=3):

@@ -1,0 +1,442 @@
+"""Claims about the two control loops: their worlds, their gradients and critic, runs that learn, are
+killed or cannot work."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import control
+import control_loop
+from control import reward_of
+from control_loop import gae, policy_table
+from control_policy import Denoiser, denoising_loss, fit, main, noise_schedule, sample_chain
+from control_worlds import (RADIUS, REACH, SCALE, SHAPE, clearance, copy_controller, demonstrate,
+                            draw_scenes, judge, make_envs, pendulum_controller, play)
+from ddpo import clip_range_for, is_loss
+from run_folder import load_checkpoint, read_metrics
+from sample import ddim_step, ddim_table
+from training import seeded
+
+ROOT = Path(__file__).parents[1]
+PLANS = dict(pretrain=20, epochs=3, scenes=4, group_size=4, batch=8, steps=4, eval_every=2,
+             eval_scenes=2)
+LOOP = dict(pretrain=20, epochs=3, envs=3, demonstrations=1, steps=3, train_last=2, passes=1,
+            decisions=20, eval_every=2)
+
+
+def start(script, *arguments, **settings):
+    flags = [word for key, value in settings.items()
+             for word in ("--" + key.replace("_", "-"), str(value))]
+    return subprocess.Popen([sys.executable, script, *arguments, *flags], cwd=ROOT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def finish(process):
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def numbers(folder):
+    return [{key: value for key, value in row.items() if key != "seconds"}
+            for row in read_metrics(folder / "metrics.jsonl")]
+
+
+# plans
+
+
+def scene(start=(-1, 0), goal=(1, 0), pillars=((-0.4, 0), (0.4, 0))):
+    return torch.tensor([[*start, *goal, *pillars[0], *pillars[1]]], dtype=torch.float32)
+
+
+def plan(points):
+    """Latents of a path whose 16 waypoints lie evenly on the line through points, start first."""
+    points = np.array(points, dtype=float)
+    at = np.r_[0, np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))]
+    even = np.linspace(0, at[-1], SHAPE[-1] + 1)[1:]
+    xy = np.stack([np.interp(even, at, points[:, i]) for i in (0, 1)])
+    return SCALE * torch.tensor(xy, dtype=torch.float32)[None, :, None]
+
+
+def test_clearance_is_that_of_a_dense_path():
+    generator = seeded(0)
+    paths = 2 * torch.rand(200, 6, 2, generator=generator) - 1
+    paths[0, 2] = paths[0, 1]  # a segment of length 0
+    pillars = 2 * torch.rand(200, 3, 2, generator=generator) - 1
+    share = torch.linspace(0, 1, 2001)[:, None]
+    dense = paths[:, :-1, None] * (1 - share) + paths[:, 1:, None] * share  # (200, 5, 2001, 2)
+    nearest = torch.cdist(dense.flatten(1, 2), pillars).amin((1, 2))
+    torch.testing.assert_close(clearance(paths, pillars), nearest - RADIUS, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("points, success, length, roughness, route", [
+    ([(-1, 0), (1, 0)], 0, 1, 0, None),  # through both pillars
+    ([(-1, 0), (-1, 0.5), (1, 0.5), (1, 0)], 1, 1.5, 0.2652, 3),  # above both
+    ([(-1, 0), (-1, -0.5), (1, -0.5), (1, 0)], 1, 1.5, 0.2652, 0),  # below both
+    ([(-1, 0), (-1, 0.5), (1, 0.5), (1, 0.14)], 0, 1.43, None, 3),  # stops short
+    ([(-1, 0), (-1, 0.5), (1, 0.5), (1, 0.1)], 1, 1.45, None, 3),  # near enough
+    ([(-1, 0), (-0.4, 0.6), (0, 0), (0.4, -0.6), (1, 0)], 1, None, None, 1),  # over, under
+    ([(-1, 0), (-0.4, -0.6), (0, 0), (0.4, 0.6), (1, 0)], 1, None, None, 2),
+])
+def test_hand_made_plans_are_judged_as_they_look(points, success, length, roughness, route):
+    seen = judge(scene(), plan(points))
+    assert seen["success"].item() == success
+    if length is not None:  # the corners between two waypoints are cut
+        assert seen["length"].item() == pytest.approx(length, abs=0.06)
+    if roughness is not None:
+        corners = 2 * math.sqrt(2) * 3 / 16 / 2  # a right angle turns a step by √2 of its length
+        assert seen["roughness"].item() == pytest.approx(corners if roughness else 0, abs=0.05)
+    if route is not None:
+        assert seen["route"].item() == route
+
+
+def test_the_reward_of_a_straight_free_path_is_1_and_its_parts_add_up():
+    free = scene(pillars=((-0.4, 0.8), (0.4, 0.8)))
+    seen = judge(free, plan([(-1, 0), (1, 0)]))
+    assert reward_of(seen, control.Config()).item() == pytest.approx(1, abs=1e-5)
+    seen = {"success": torch.tensor([1.0]), "length": torch.tensor([1.5]),
+            "roughness": torch.tensor([2.0])}
+    config = control.Config(length=0.4, roughness=0.1)
+    assert reward_of(seen, config).item() == pytest.approx(1 - 0.4 * 0.5 - 0.1 * 2)
+
+
+def test_held_out_goals_and_pillars_never_stand_where_those_of_training_do():
+    def strips(scenes, columns):
+        place = (scenes[:, columns].flatten() + 1) * 10
+        inside = (place - place.round()).abs() > 1e-4  # rounding moves a point on an edge
+        return set(place[inside].floor().int().tolist())
+
+    trained, goals, pillars = (draw_scenes(4000, seeded(0), *held_out)
+                               for held_out in control.VIEWS.values())
+    assert len(strips(trained, [3])) == 8 and len(strips(trained, [5, 7])) == 4
+    assert not strips(trained, [3]) & strips(goals, [3])
+    assert strips(trained, [5, 7]) == strips(goals, [5, 7])
+    assert not strips(trained, [5, 7]) & strips(pillars, [5, 7])
+
+
+def test_the_planner_takes_every_route_and_fails_now_and_then():
+    scenes = draw_scenes(2000, seeded(0))
+    seen = judge(scenes, demonstrate(scenes, seeded(1)))
+    assert 0.65 < seen["success"].mean() < 0.85
+    assert (seen["route"].bincount(minlength=4) / 2000 > 0.2).all()
+    assert (seen["length"] > 0.95).all() and 1.1 < seen["length"].mean() < 1.4
+
+
+# the policy
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_a_step_has_the_density_of_a_normal_whose_sigma_has_the_floor(policy):
+    config = control_loop.Config(policy=policy, min_sigma=0.3, sigma=0.25)
+    _, table = policy_table(config)
+    assert table[:, 2].min() == pytest.approx(0.25 if policy == "gaussian" else 0.3)
+    output, x = torch.randn(2, 5, 2, 1, 4, generator=seeded(0))
+    for row in table:
+        x_next, log_prob = ddim_step(output, x, row, generator=seeded(1))
+        normal = torch.distributions.Normal(row[0] * x + row[1] * output, row[2])
+        expected = normal.log_prob(x_next).flatten(1).mean(1)
+        torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_policy_gradient_of_a_one_step_plan_is_its_closed_form():
+    """Plans x = θ + σ z with r = −mean_D (x − g)²: ∇_θ E[r] = −2 (θ − g) / D. log_prob is a mean
+    over D, so the loss's gradient is that divided by D."""
+    n, target, sigma = 400_000, torch.tensor([0.5, -1.0]), 0.4
+    theta = torch.tensor([0.2, 0.3], requires_grad=True)
+    row = torch.tensor([0.0, 1.0, sigma, math.log(sigma)])
+    output = theta.view(1, 2, 1, 1).expand(n, -1, -1, -1)
+    plans, old = ddim_step(output.detach(), torch.zeros(n, 2, 1, 1), row, generator=seeded(0))
+    reward = -(plans.flatten(1) - target).square().mean(1)
+    _, log_prob = ddim_step(output, torch.zeros(n, 2, 1, 1), row, plans)
+    assert torch.equal(log_prob, old)
+    loss = is_loss(log_prob, old, reward - reward.mean(), clip_range_for(1e-4, (2, 1, 1)))
+    loss.mean().backward()
+    closed_form = -2 * (theta.detach() - target) / 2  # of the expected reward
+    torch.testing.assert_close(-2 * theta.grad, closed_form, atol=0.01, rtol=0)
+
+
+def test_pretraining_learns_what_it_is_shown_and_the_chain_draws_it():
+    """Two places to go, told apart by the condition alone."""
+    torch.manual_seed(0)
+    model = Denoiser((1, 1, 2), condition=1, width=64)
+    alphas_cumprod = noise_schedule().alphas_cumprod
+
+    def loss_of(generator):
+        condition = torch.randint(2, (256, 1), generator=generator) * 2.0 - 1
+        clean = condition.view(-1, 1, 1, 1) * torch.tensor([1.0, -0.5])
+        return denoising_loss(model, clean, condition, alphas_cumprod, generator)
+
+    fit(model, loss_of, 400, seeded(1))
+    condition = torch.tensor([[1.0], [-1.0]]).repeat(50, 1)
+    timesteps, table = ddim_table(noise_schedule(), 10)
+    chain, log_probs = sample_chain(model, condition, (1, 1, 2), timesteps, table, seeded(2))
+    assert chain.shape == (100, 11, 1, 1, 2) and log_probs.shape == (100, 10)
+    wanted = condition * torch.tensor([1.0, -0.5])
+    assert (chain[:, -1].flatten(1) - wanted).abs().mean() < 0.15
+
+
+# the closed loop
+
+
+class Countdown(gymnasium.Env):
+    """Time runs: each step earns 1 + action, and the episode ends after `lives` steps, for good or
+    by the time limit."""
+
+    observation_space = gymnasium.spaces.Box(-100, 100, (2,))
+    action_space = gymnasium.spaces.Box(-2, 2, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        self.lives = self.lives if seed is None else 3 + seed % 4  # 3 to 6; None: autoreset
+        self.time = 0
+        return self.observe(), {}
+
+    def observe(self):
+        return np.array([self.time, self.lives], dtype=np.float32)
+
+    def step(self, action):
+        self.time += 1
+        return self.observe(), 1.0 + float(action[0]), self.time >= self.lives, False, {}
+
+
+if "Countdown-v0" not in gymnasium.registry:  # this file is also a controller's, below
+    gymnasium.register("Countdown-v0", entry_point=Countdown, max_episode_steps=5)
+GAMMA = 0.9
+
+
+def countdown(observations, generator):
+    return np.zeros((len(observations), 1))
+
+
+def played(chunk, act=lambda observations: (np.zeros((len(observations), 1, 4)), None)):
+    config = control_loop.Config(task="Countdown-v0", envs=16, chunk=chunk, gamma=GAMMA)
+    cut = lambda observations: (act(observations)[0][:, :, :chunk], None)
+    return play(make_envs(config), config, (0,), cut)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_an_episode_in_chunks_is_one_step_by_step(chunk):
+    rollout = played(chunk)
+    lives = rollout.observations[0][:, 1]
+    assert set(lives) == {3, 4, 5, 6}
+    steps = np.minimum(lives, 5)  # 5 is the time limit
+    assert rollout.returns.tolist() == steps.tolist() and rollout.env_steps == steps.sum()
+    for d, alive in enumerate(rollout.alive):
+        assert alive.tolist() == (d * chunk < steps).tolist()
+        for i in np.flatnonzero(alive):
+            count = int(min(chunk, steps[i] - d * chunk))
+            assert rollout.rewards[d][i] == pytest.approx(sum(GAMMA**k for k in range(count)))
+            assert rollout.discounts[d][i] == pytest.approx(GAMMA**count)
+            assert rollout.next_observations[d][i].tolist() == [d * chunk + count, lives[i]]
+            ended = d * chunk + count == lives[i]
+            assert rollout.terminated[d][i] == ended
+
+
+def test_actions_are_scaled_to_the_task_and_clipped():
+    act = lambda observations: (np.full((len(observations), 1, 4), 3.0), None)
+    rollout = played(4, act)
+    assert rollout.returns.tolist() == (3 * np.minimum(rollout.observations[0][:, 1], 5)).tolist()
+
+
+def value(observations, limit=math.inf):
+    """Of Countdown at action 0: V = (1 − γ^left) / (1 − γ)."""
+    time, lives = np.moveaxis(np.asarray(observations, dtype=np.float64), -1, 0)
+    return torch.tensor((1 - GAMMA ** (lives - time)) / (1 - GAMMA))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
+def test_a_critic_that_is_right_finds_nothing_better_or_worse_than_expected(chunk, gae_lambda):
+    """An end by the time limit is none: what would have followed is the critic's to say."""
+    rollout = played(chunk)
+    alive, discounts, rewards, terminated = (
+        torch.tensor(np.array(getattr(rollout, name)), dtype=torch.float64)
+        for name in ("alive", "discounts", "rewards", "terminated"))
+    next_values = value(rollout.next_observations) * (1 - terminated)
+    advantages = gae(rewards, discounts, value(rollout.observations), next_values, alive, gae_lambda)
+    assert advantages.abs().max() < 1e-9 and terminated.any() and not terminated[-1].all()
+
+
+def test_gae_is_the_sum_of_its_paper_and_its_ends_are_td_and_monte_carlo():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values, next_values = torch.rand(3, 6, 2, generator=generator, dtype=torch.float64)
+    next_values[:-1] = values[1:]
+    discounts, alive = torch.full((6, 2), GAMMA, dtype=torch.float64), torch.ones(6, 2)
+    errors = rewards + GAMMA * next_values - values
+    for gae_lambda in (0.0, 0.6, 1.0):
+        expected = torch.stack([sum((GAMMA * gae_lambda) ** (k - d) * errors[k]
+                                    for k in range(d, 6)) for d in range(6)])
+        found = gae(rewards, discounts, values, next_values, alive, gae_lambda)
+        torch.testing.assert_close(found, expected)
+    returns = sum(GAMMA**k * rewards[k] for k in range(6)) + GAMMA**6 * next_values[-1]
+    torch.testing.assert_close(found[0], returns - values[0])
+
+
+def test_demonstrations_are_cut_into_chunks_that_lie_within_an_episode():
+    config = control_loop.Config(task="Countdown-v0", envs=16, chunk=3, gamma=GAMMA)
+    config.demonstrations = 1
+    ramp = lambda observations, generator: observations[:, :1] / 5  # the time, in the task's units
+    seen, chunks, to_go, returns = copy_controller(config, make_envs(config), ramp)
+    assert chunks.shape == (len(seen), 1, 1, 3)
+    times, lives = seen.T
+    torch.testing.assert_close(chunks[:, 0, 0], (times[:, None] + torch.arange(3)) / 5 / 2)
+    steps = lives.clamp(max=5)
+    assert (times + 3 <= steps).all()
+    first = steps[times == 0]  # one entry for each of the 16 episodes
+    assert len(first) == 16 and len(seen) == (first - 2).sum()
+    left = [sum(GAMMA**k * (1 + (t + k) / 5) for k in range(int(n - t)))
+            for t, n in zip(times.tolist(), steps.tolist())]
+    torch.testing.assert_close(to_go, torch.tensor(left), atol=1e-4, rtol=1e-4)
+    assert len(returns) == 16
+
+
+def test_a_critic_fitted_to_a_known_chain_knows_it():
+    config = control_loop.Config(task="Countdown-v0", envs=64, chunk=1, gamma=GAMMA)
+    seen, _, to_go, _ = copy_controller(config, make_envs(config), countdown)
+    torch.manual_seed(0)
+    critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
+    fit(critic, lambda _: (critic(seen)[:, 0] - to_go).square(), 400, seeded(0))
+    endless = seen[:, 1] <= 5  # where the time limit does not cut the episode
+    with torch.no_grad():
+        error = (critic(seen)[:, 0] - value(seen)).abs()[endless]
+    assert error.max() < 0.1
+
+
+def test_the_mediocre_controller_is_better_than_none_and_leaves_room():
+    config = control_loop.Config(envs=16, demonstrations=1)
+    returns = copy_controller(config, make_envs(config), pendulum_controller)[3]
+    assert -900 < returns.mean() < -400  # doing nothing: about -1200; the best: about -150
+
+
+# runs
+
+
+def test_ddpo_makes_plans_better_and_the_ratio_starts_at_exactly_1(tmp_path):
+    config = control.Config(out=str(tmp_path), lr=2e-3, **PLANS | dict(
+        epochs=12, scenes=32, group_size=8, batch=64, eval_every=99))
+    rows = read_metrics(control.train(config) / "metrics.jsonl")
+    assert [row["ratio_error"] for row in rows[1:]] == [0.0] * 12
+    assert rows[-1]["reward_mean"] > rows[1]["reward_mean"] + rows[1]["reward_std"] / 2
+    assert any(row["clip_fraction"] > 0 for row in rows[1:])
+
+
+def test_a_strong_divergence_weight_keeps_the_plans(tmp_path):
+    settings = PLANS | dict(out=str(tmp_path), epochs=12, lr=1e-3, eval_every=99)
+    free, held = (read_metrics(control.train(control.Config(name=f"kl-{kl}", kl=kl, **settings)) /
+                               "metrics.jsonl") for kl in (1e-9, 3.0))
+    assert held[-1]["kl"] < free[-1]["kl"] / 3
+
+
+@pytest.mark.parametrize("policy", ["diffusion", "gaussian"])
+def test_the_closed_loop_earns_more_and_the_ratio_starts_at_exactly_1(policy, tmp_path):
+    controller = tmp_path / "mine.py"
+    controller.write_text("import numpy as np\ndef idle(observations, generator):\n"
+                          "    return 0.5 * generator.standard_normal((len(observations), 1))\n")
+    config = control_loop.Config(
+        task="Countdown-v0", controller=f"{controller}:idle", policy=policy, out=str(tmp_path),
+        envs=32, chunk=2, pretrain=200, epochs=10, decisions=1, lr=2e-3)
+    folder = control_loop.train(config)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["ratio_error"] for row in rows[1:]] == [0.0] * 10
+    assert rows[-1]["eval_return"] > 1.2 * rows[0]["eval_return"]
+    assert (folder / "progress.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("script, settings", [
+    ("control.py", PLANS), ("control.py", PLANS | {"kl": 0.1}),
+    ("control.py", PLANS | {"algorithm": "rwr"}), ("control_loop.py", LOOP),
+    ("control.py", LOOP | {"task": "Pendulum-v1", "policy": "gaussian"})])
+def test_a_run_that_is_killed_ends_with_the_same_numbers(script, settings, tmp_path):
+    whole, killed = (start(script, name=name, out=tmp_path, **settings)
+                     for name in ("whole", "killed"))
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while len(read_metrics(metrics)) < 2 and killed.poll() is None:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    finish(killed)
+    assert len(read_metrics(metrics)) < 4  # it was killed on its way
+    code, out, err = finish(whole)
+    assert code == 0 and Path(out.strip()) == tmp_path / "whole", err
+    script = "control_loop.py" if "envs" in settings else script
+    code, _, err = finish(start(script, "--resume", str(tmp_path / "killed")))
+    assert code == 0, err
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    states = [load_checkpoint(tmp_path / name / "checkpoint") for name in ("whole", "killed")]
+    for name in ("model", "policy", "critic"):
+        for key, tensor in states[0].get(name, {}).items():
+            assert torch.equal(tensor, states[1][name][key])
+    for name in ("progress.png", "config.json", "checkpoint/epoch_000003.pt"):
+        assert (tmp_path / "whole" / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("script, arguments, names", [
+    (control, ["--algorithm", "ppo"], "ddpo, rwr"), (control, ["--epochs", "0"], "at least 1"),
+    (control, ["--group-size", "1"], "at least 2"), (control, ["--batch", "100"], "1024"),
+    (control, ["--lr", "0"], "above 0"), (control, ["--lr", "nan"], "finite"),
+    (control, ["--kl", "-1"], "negative"), (control, ["--steps", "501"], "500"),
+    (control, ["--algorithm", "rwr", "--kl", "1"], "--kl"), (control, ["--seed", "-1"], "negative"),
+    (control, ["--epochs", "many"], "--epochs"), (control, ["--reward", "x"], "--reward"),
+    (control, ["--resume", "no/such/run"], "no/such/run"),
+    (control, ["--resume", "LOOP"], "not that of a run of control.py"),
+    (control_loop, ["--task", "Nothing-v0"], "Nothing-v0"),
+    (control_loop, ["--task", "CartPole-v1"], "no bounded vector"),
+    (control_loop, ["--task", "MountainCarContinuous-v0"], "--controller"),
+    (control_loop, ["--controller", "none.py:f"], "no such file"),
+    (control_loop, ["--controller", f"{__file__}:nothing"], "no function 'nothing'"),
+    (control_loop, ["--controller", f"{__file__}:start"], "fails"),
+    (control_loop, ["--controller", f"{__file__}:countless"], "shape"),
+    (control_loop, ["--policy", "beta"], "diffusion, gaussian"),
+    (control_loop, ["--train-last", "11"], "--steps 10"), (control_loop, ["--gamma", "2"], "gamma"),
+    (control_loop, ["--chunk", "201"], "200 steps"), (control_loop, ["--min-sigma", "0"], "above 0"),
+])
+def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
+        script, arguments, names, tmp_path, capsys):
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop/config.json").write_text(json.dumps({"task": "Pendulum-v1"}))
+    arguments = [str(tmp_path / "loop") if word == "LOOP" else word for word in arguments]
+    if arguments[0] != "--resume":
+        arguments += ["--out", str(tmp_path / "runs")]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments, script)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
+def countless(observations, generator):
+    return observations
+
+
+def test_a_run_does_not_write_over_another_and_says_how_to_go_on(tmp_path, capsys):
+    (tmp_path / "control").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path)], control)
+    assert stop.value.code == 2 and f"--resume {tmp_path / 'control'}" in capsys.readouterr().err
+
+
+def test_a_gradient_that_explodes_is_named_with_the_learning_rate(tmp_path, capsys):
+    settings = [word for key, value in (PLANS | {"lr": 1e30}).items()
+                for word in ("--" + key.replace("_", "-"), str(value))]
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path), *settings], control)
+    assert "learning rate below 1e+30" in str(stop.value.code)
+
+
+def test_without_gymnasium_one_sentence_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["--task", "Pendulum-v1", "--out", str(tmp_path)], control_loop)
+    assert stop.value.code == 2 and "pip install gymnasium" in capsys.readouterr().err
