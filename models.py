@@ -120,7 +120,7 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
         module.requires_grad_(False).eval()
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    try_out(pipeline, model, dtype)
+    try_out(pipeline, f"{model} --lora {lora}" if lora else model, dtype)
     return pipeline
 
 
@@ -260,6 +260,8 @@ def load_tuned(pipeline, folder, scale, dtype):
             pipeline.set_adapters(["tuned"], [scale])
         else:
             raise ValueError(f"no {adapter.name} and no {name}/ in it")
+        if not all(p.isfinite().all() for p in denoiser(pipeline).parameters()):
+            raise ValueError("its weights are not finite")
     except Exception as error:  # as above
         raise ValueError(f"--lora {folder}: cannot be loaded ({first_line(error)}); give the folder of a run of this "
                          "model") from error

@@ -301,6 +301,12 @@ def guided_step(network, latents, timesteps, coefficients, noise, prompt_embeds,
     return ddim_step(output, latents, coefficients, guidance_scale=guidance_scale, noise=noise)
 
 
+def tensors_in(inputs):
+    """The tensors of a list of tensors, dicts of tensors, and None."""
+    flat = [value for entry in inputs for value in (entry.values() if isinstance(entry, dict) else [entry])]
+    return [value for value in flat if value is not None]
+
+
 class GraphedStep:
     """guided_step as one CUDA graph: a launch for the whole network and the step instead of one for each of its operations.
 
@@ -314,10 +320,10 @@ class GraphedStep:
     def __call__(self, network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale,
                  dtype):
         inputs = [latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds]
-        tensors = [value for entry in inputs for value in (entry.values() if isinstance(entry, dict) else [entry])]
-        key = (*(value if value is None else value.shape for value in tensors), guidance_scale, dtype)
+        key = (*(value.shape for value in tensors_in(inputs)), guidance_scale, dtype)
         if key not in self.graphs:
-            fixed = copy.deepcopy(inputs)
+            fixed = [{key: value.clone() for key, value in entry.items()} if isinstance(entry, dict)
+                     else entry if entry is None else entry.clone() for entry in inputs]
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries choose and compile their kernels in the first calls
@@ -327,12 +333,10 @@ class GraphedStep:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 outputs = guided_step(network, *fixed, guidance_scale, dtype)
-            places = [value for entry in fixed for value in (entry.values() if isinstance(entry, dict) else [entry])]
-            self.graphs[key] = graph, places, outputs
+            self.graphs[key] = graph, tensors_in(fixed), outputs
         graph, places, outputs = self.graphs[key]
-        for place, value in zip(places, tensors):
-            if value is not None:
-                place.copy_(value)
+        for place, value in zip(places, tensors_in(inputs), strict=True):
+            place.copy_(value)
         graph.replay()
         return tuple(value.clone() for value in outputs)
 
@@ -366,9 +370,11 @@ def drawing_settings(args):
     run = json.loads(file.read_text()) if args.lora and file.exists() else {}
     model = args.model or run.get("model", "models/emoji")
     run = {"model": model, "steps": 10 if is_emoji(model) else 50, "guidance_scale": 4.0, "dtype": "fp32",
-           "sampler": "ddim", "sample_batch": 8, "window": "", "window_shift": "", "lora_rank": 0} | run
+           "sampler": "ddim", "sample_batch": 8, "window": "", "window_shift": "", "lora_rank": 0,
+           "resolution": 0} | run
     flags = {"model": args.model, "steps": args.steps, "guidance_scale": args.guidance_scale,
-             "dtype": args.dtype, "sampler": args.sampler, "eta": args.eta, "sample_batch": args.batch}
+             "dtype": args.dtype, "sampler": args.sampler, "eta": args.eta, "sample_batch": args.batch,
+             "resolution": args.resolution}
     given = {key: value for key, value in flags.items() if value is not None}
     sampler = given.get("sampler", run["sampler"])
     if sampler != run["sampler"] or "eta" not in run:
@@ -394,6 +400,7 @@ def main(arguments=None):
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--batch", type=int, help="pictures drawn at once (default: the run's, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default 0)")
+    parser.add_argument("--resolution", type=int, help="pixels of a side (default: the run's, or the model's)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the "
                         "shipped models, 50 otherwise)")
     parser.add_argument("--guidance-scale", type=float, help="1 for none (default: the run's, or 4)")
@@ -414,13 +421,18 @@ def main(arguments=None):
         eta = step_etas(steps, run["eta"], run["window"], run["window_shift"])  # the window's first place
         # a whole network is trained in float32, and computes in dtype by autocast
         weights_dtype = torch.float32 if args.lora and not run["lora_rank"] else dtype
-        load = functools.partial(load_pipeline, run["model"], args.device, weights_dtype)
+        load = functools.partial(load_pipeline, run["model"], args.device, weights_dtype,
+                                 resolution=run["resolution"])
         pipeline = load(lora=args.lora)
         ddim_table(pipeline.scheduler, steps, eta, sampler, **schedule_inputs(pipeline, steps))
         if args.lora and not getattr(denoiser(pipeline), "peft_config", None):
             base = [*denoiser(load()).parameters()]
             tuned = [p.clone() for p in denoiser(pipeline).parameters()]
-    except ValueError as error:
+        new = not Path(args.out).exists()
+        open(args.out, "ab").close()  # fails before the work, not after it
+        if new:
+            Path(args.out).unlink()
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
 
     from tqdm import tqdm
@@ -433,17 +445,20 @@ def main(arguments=None):
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # a seed has a column
     batches = [jobs[i:i + run["sample_batch"]] for i in range(0, len(jobs), run["sample_batch"])]
     drawn, cache = {}, {}
-    with tqdm(total=len(batches) * len(labels) * steps, desc="sampling") as bar:
-        for scale, label in labels.items():
-            if scale is not None:
-                set_strength(pipeline, scale, base, tuned)
-            pictures = []
-            for batch in batches:
-                generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-                pictures.append(sample_trajectories(
-                    pipeline, [prompt for prompt, _ in batch], steps, run["guidance_scale"], eta, generators,
-                    dtype, bar.update, cache, sampler=sampler).images)
-            drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
+    try:
+        with tqdm(total=len(batches) * len(labels) * steps, desc="sampling") as bar:
+            for scale, label in labels.items():
+                if scale is not None:
+                    set_strength(pipeline, scale, base, tuned)
+                pictures = []
+                for batch in batches:
+                    generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+                    pictures.append(sample_trajectories(
+                        pipeline, [prompt for prompt, _ in batch], steps, run["guidance_scale"], eta, generators,
+                        dtype, bar.update, cache, sampler=sampler).images)
+                drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
+    except FloatingPointError as error:
+        parser.exit(1, f"{args.lora or run['model']}: {error} with --dtype {run['dtype']}\n")
     names = [label + prompt for prompt in prompts for label in labels.values()]
     titles = [f"seed {args.seed + i}" for i in range(args.images)]
     picture_grid([drawn[name] for name in names], names, titles).save(args.out)

@@ -39,6 +39,7 @@ class Settings:
     # sampling
     images: int = 96  # pictures an epoch, over all processes
     sample_batch: int = 32  # pictures denoised at once, on each process
+    resolution: int = 0  # pixels of a picture's side (0: what the model was trained on)
     steps: int = 10  # T, denoising steps of a picture
     guidance_scale: float = 4.0  # of classifier-free guidance; 1 for none
     sampler: str = "ddim"  # ddim, cps, flow, dance: how a step adds its noise, see sample.ddim_table
@@ -56,7 +57,8 @@ class Settings:
     train_guidance: bool = True  # train the guided prediction, which is the one that samples
     lora_rank: int = 0  # 0: train the whole network; on one as small as the emoji model that is
         # faster, and the pictures suffer less
-    lora_targets: str = "to_q,to_k,to_v,to_out.0"  # layers that get an adapter, with --lora-rank
+    lora_targets: str = ""  # layers that get an adapter, with --lora-rank, such as "to_q,proj_in" (default:
+        # those of the attention, see models.lora_targets)
     lr: float = 0.0  # 0: 3e-3 for LoRA and 1e-4 for the whole network; on other models than the
         # emoji model 3e-4 and 1e-5
     warmup: int = 20  # updates in which the learning rate rises, because Adam's first steps have
@@ -137,7 +139,7 @@ def check(config):
     at_least(config, 1, "epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs",
              "train_batch", "patience", "eval_every", "eval_images", "checkpoint_every")
     at_least(config, 0, "updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard",
-             "guidance_scale")
+             "guidance_scale", "resolution")
     above_zero(config, "grad_clip")
     if config.seed >= 2**63:
         refuse(config, "seed", "must be below 2**63")

@@ -209,7 +209,8 @@ def set_up(config, folder, resume, reference):
         load_prompts(name)
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
     # what is trained is float32
-    pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32)
+    pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32,
+                             resolution=config.resolution)
     notice = cut_notice(main_tokenizer(pipeline), prompts)
     if notice and rank == 0:
         print(notice, file=sys.stderr)
@@ -670,19 +671,30 @@ def stop_signals(say):
 
     arrived, wake = os.pipe()
     os.set_blocking(wake, False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, lambda *_: None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored: as nohup has it
+            HANDLERS[number] = signal.signal(number, lambda *_: None)
     before = signal.set_wakeup_fd(wake)  # Python writes the number there at once
     threading.Thread(target=wait, daemon=True).start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore_signals(before)
         os.close(wake)  # the thread ends
+
+
+HANDLERS = {}  # signal number -> its handler before `stop_signals`
+
+
+def restore_signals(wakeup=-1):
+    if HANDLERS:
+        signal.set_wakeup_fd(wakeup)
+    while HANDLERS:
+        signal.signal(*HANDLERS.popitem())
+
+
+# a process that a reward forks may be stopped without stopping the run
+os.register_at_fork(after_in_child=restore_signals)
 
 
 def leave(message, code):

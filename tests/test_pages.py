@@ -76,11 +76,11 @@ def test_the_results_show_the_committed_tables(name):
 
 
 def test_the_headline_is_that_of_the_committed_numbers():
-    import reproduce
+    import reproduce_figures
 
     numbers = json.loads((ROOT / "results/emoji/rewards.json").read_text())
     shown = between((ROOT / "README.md").read_text(), "headline")
-    assert shown.splitlines() == reproduce.headline(numbers)
+    assert shown.splitlines() == reproduce_figures.headline(numbers)
 
 
 @pytest.mark.parametrize("name", ["epoch", "peer_trl"])
