@@ -25,12 +25,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import (DTYPES, autocast, condition, decode, default_device, denoiser, encode_prompts,
-                    first_line, is_emoji, latents_shape, load_pipeline, load_tuned, predict,
-                    schedule_inputs)  # first: it quiets the libraries
+from models import (DTYPES, autocast, condition, ddim_scheduler, decode, default_device, denoiser,
+                    encode_prompts, first_line, is_emoji, latents_shape, load_pipeline, load_tuned,
+                    predict, schedule_inputs)  # first: it quiets the libraries
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from kernels.ddim_step import fused_ddim_step
@@ -47,36 +47,6 @@ class Trajectories:
     timesteps: torch.Tensor  # (T,) as the network is told them, descending
     images: torch.Tensor  # (B, 3, height, width) uint8
     prompts: list
-
-
-def ddim_scheduler(scheduler):
-    """The scheduler that we sample with: a flow-matching one as it is, otherwise DDIM with the same noise
-    schedule. Settings keep the values that the given scheduler runs with, also those that its file left out.
-
-    Raises ValueError, one line, for a scheduler of neither kind, and for options under which the steps would
-    be others, or not affine.
-    """
-    config, name = dict(scheduler.config), type(scheduler).__name__
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        for option in ("stochastic_sampling", "invert_sigmas"):
-            if config.get(option):
-                raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that "
-                                 f"we sample; set {option} to false in scheduler/scheduler_config.json")
-        return scheduler
-    if "beta_schedule" not in config or config.get("use_flow_sigmas"):
-        raise ValueError(f"scheduler: {name} has no noise schedule that we know; give one with a beta "
-                         "schedule, such as DDIMScheduler, or FlowMatchEulerDiscreteScheduler")
-    for option in ("clip_sample", "thresholding"):
-        if config.get(option, False):
-            raise ValueError(f"scheduler: {option}=True bends the step, which is then no Gaussian around an "
-                             f"affine mean; set {option} to false in scheduler/scheduler_config.json")
-        config[option] = False  # DDIMScheduler's own default for clip_sample is True
-    config.pop("_use_default_values", None)  # or DDIM's defaults would replace those of the given class
-    try:
-        return DDIMScheduler.from_config(config)
-    except NotImplementedError:
-        raise ValueError(f"scheduler: beta_schedule {config['beta_schedule']!r} is not one of DDIM's; choose "
-                         "linear, scaled_linear or squaredcos_cap_v2, or give trained_betas") from None
 
 
 def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
