@@ -35,8 +35,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import (blocks, condition, denoiser, first_line, lora_targets, main_tokenizer, passes, schedule_inputs,
-                    text_encoders)
+from models import (blocks, condition, denoiser, first_line, lora_targets, main_tokenizer, passes,
+                    schedule_inputs, text_encoders)
 from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards,
