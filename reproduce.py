@@ -204,7 +204,8 @@ def main(arguments=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
     model = Path(args.model).name
     shipped = is_emoji(args.model)
-    flags = args.flags if shipped else f"--model {args.model} {args.flags}"
+    default = shipped and model == "emoji"  # the pages show its tables alone
+    flags = args.flags if default else f"--model {args.model} {args.flags}"
     for name in args.experiments:
         room = "control" if name == "control" else model  # its models are its own
         results, out = Path("results") / room, Path("runs/reproduce") / room
@@ -226,9 +227,9 @@ def main(arguments=None):
         (results / f"{name}.md").write_text("\n".join(lines) + "\n")
         (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
         print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
-        if shipped:
+        if default:
             insert_table(Path("results/README.md"), name, lines)
-        if shipped and name == "rewards":
+        if default and name == "rewards":
             insert_table(Path("README.md"), "headline", headline(numbers))
 
 

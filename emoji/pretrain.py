@@ -88,7 +88,7 @@ class Config:
     decoder_lr: float = 1e-3  # peak learning rate
     # stage flow
     flow_out: str = "models/emoji-flow"  # folder of its exported model
-    flow_steps: int = 800  # updates
+    flow_steps: int = 500  # updates
     flow_batch: int = 32  # pictures an update
     flow_lr: float = 8e-4  # peak learning rate
     flow_scenes: int = 8192  # different pictures; few are enough, since the target is the teacher's
@@ -649,7 +649,7 @@ def report_flow(config, steps=10, guidance_scale=4.0):
                 generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
                 images.append(sample_trajectories(
                     pipeline, nouns[i:i + 64], steps, guidance_scale, eta, generators,
-                    sampler="ddim" if sampler == "ode" else sampler).images.cpu())
+                    torch.bfloat16, sampler="ddim" if sampler == "ode" else sampler).images.cpu())
             images = torch.cat(images)
             right = clip_top1(images, nouns, nouns, model=str(Path(config.out) / "clip")).float()
             figures[f"{name}_{sampler}_clip_top1"] = right.mean().item()

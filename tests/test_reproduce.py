@@ -158,6 +158,15 @@ def test_another_models_tables_do_without_the_shipped_clip(experiment, repositor
     assert capsys.readouterr().err == f"experiment overoptimisation: {message}\n"
 
 
+def test_the_pages_show_the_tables_of_the_default_model_alone(repository):
+    for i, name in enumerate(plan("fewer_steps", 2)):
+        fake_run(repository / "results/emoji-flow/logs" / name, seed=i)
+    page = repository / "results/README.md"
+    page.write_text("<!-- fewer_steps -->\nits table\n<!-- /fewer_steps -->\n")
+    reproduce.main(["fewer_steps", "--draw", "--model", "models/emoji-flow"])
+    assert (repository / "results/emoji-flow/fewer_steps.md").exists() and "its table" in page.read_text()
+
+
 def test_what_a_table_reports_is_the_evaluation_whose_weights_were_saved(tmp_path):
     fake_run(tmp_path / "compress-0", 0)
     first, last = kept("compress-0", tmp_path)
