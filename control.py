@@ -28,15 +28,16 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import torch
-from tqdm import tqdm
 
-from control_policy import (Denoiser, apply_gradients, check_numbers, denoising_loss, fit, log,
-                            main, noise_schedule, open_run, refuse, sample_chain, setting)
+from control_policy import (Denoiser, apply_gradients, check_numbers, denoising_loss, epochs_of, fit,
+                            log, noise_schedule, open_run, parse, restore, sample_chain)
 from control_worlds import SHAPE, demonstrate, draw_scene, draw_scenes, judge
 from ddpo import clip_range_for, group_advantages, is_loss, kl_loss
+from run_folder import release
 from rwr import exp_weights
 from sample import ddim_step, ddim_table
-from training import seeded
+from settings import refuse
+from training import command_line, seeded
 
 plt.switch_backend("Agg")  # no screen needed
 VIEWS = {"trained": (0, 0), "goals": (1, 0), "pillars": (0, 1)}  # held-out goals? pillars?
@@ -46,24 +47,24 @@ VIEWS = {"trained": (0, 0), "goals": (1, 0), "pillars": (0, 1)}  # held-out goal
 class Config:
     """Every setting. An epoch samples scenes · group_size plans."""
 
-    name: str = setting("", "of the run's folder (default: control, or control-rwr)")
-    out: str = setting("runs", "folder of the runs")
-    seed: int = setting(0, "of everything random")
-    algorithm: str = setting("ddpo", "ddpo, or rwr: reward-weighted regression")
-    pretrain: int = setting(3000, "updates on demonstrations, before the first epoch")
-    epochs: int = setting(60, "of fine-tuning")
-    scenes: int = setting(64, "an epoch, drawn anew in each")
-    group_size: int = setting(16, "plans of each scene, which are compared with each other")
-    steps: int = setting(10, "T, of denoising; all of them are trained")
-    batch: int = setting(256, "plans of an update")
-    lr: float = setting(3e-4, "learning rate of the fine-tuning")
-    clip_range: float = setting(1e-4, "as in ddpo.py: for 16,384 elements, see clip_range_for")
-    kl: float = setting(0.0, "weight of the divergence from the pretrained model (ddpo)")
-    beta: float = setting(2.0, "weights exp(beta · reward), in standard deviations (rwr)")
-    length: float = setting(0.5, "w_l, the price of a path twice as long as the straight line")
-    roughness: float = setting(0.3, "w_r, the price of turns, see judge")
-    eval_every: int = setting(10, "epochs between evaluations of fixed scenes and seeds")
-    eval_scenes: int = setting(64, "of an evaluation: seen strips, unseen goals, unseen pillars")
+    name: str = ""  # of the run's folder (default: control, or control-rwr)
+    out: str = "runs"  # folder of the runs
+    seed: int = 0  # of everything random
+    algorithm: str = "ddpo"  # ddpo, or rwr: reward-weighted regression
+    pretrain: int = 3000  # updates on demonstrations, before the first epoch
+    epochs: int = 60  # of fine-tuning
+    scenes: int = 64  # an epoch, drawn anew in each
+    group_size: int = 16  # plans of each scene, which are compared with each other
+    steps: int = 10  # T, of denoising; all of them are trained
+    batch: int = 256  # plans of an update
+    lr: float = 3e-4  # learning rate of the fine-tuning
+    clip_range: float = 1e-4  # as in ddpo.py: for 16,384 elements, see clip_range_for
+    kl: float = 0.0  # weight of the divergence from the pretrained model (ddpo)
+    beta: float = 2.0  # weights exp(beta · reward), in standard deviations (rwr)
+    length: float = 0.5  # w_l, the price of a path twice as long as the straight line
+    roughness: float = 0.3  # w_r, the price of turns, see judge
+    eval_every: int = 10  # epochs between evaluations of fixed scenes and seeds
+    eval_scenes: int = 64  # of an evaluation: seen strips, unseen goals, unseen pillars
 
 
 def reward_of(seen, config):
@@ -111,10 +112,15 @@ def evaluate(model, config, timesteps, table):
 
 def train(config, resume=False):
     """Pretrain and fine-tune as the settings say. Returns the run's folder."""
-    return fine_tune(config, *open_run(check(config), resume))
+    return fine_tune(prepare(config, resume))
 
 
-def fine_tune(config, folder, saved, rows):
+def prepare(config, resume):
+    return open_run(check(config), resume)
+
+
+def fine_tune(run):
+    config, folder = run.config, run.folder
     timesteps, table = ddim_table(noise_schedule(), config.steps)
     alphas_cumprod = noise_schedule().alphas_cumprod
     clip_range = clip_range_for(config.clip_range, SHAPE)
@@ -125,28 +131,22 @@ def fine_tune(config, folder, saved, rows):
     base = copy.deepcopy(model).requires_grad_(False)  # what is to become the pretrained model
     keeps = {"model": model, "base": base, "optimizer": optimizer}
 
-    def save(row):
-        states = {name: part.state_dict() for name, part in keeps.items()}
-        log(folder, rows, row, states | {"shown": shown})
-
     def loss_on_demonstrations(generator):
         scenes = draw_scenes(512, generator)
         plans = demonstrate(scenes, generator)
         return denoising_loss(model, plans, scenes, alphas_cumprod, generator)
 
-    if saved:
-        shown = saved["shown"]  # what progress.png shows of each evaluation
-        for name, part in keeps.items():
-            part.load_state_dict(saved[name])
+    if run.saved:
+        restore(run, keeps)
+        shown = run.saved["shown"]
     else:
         fit(model, loss_on_demonstrations, config.pretrain, seeded(config.seed, 0))
         base.load_state_dict(model.state_dict())
         row, plans = evaluate(model, config, timesteps, table)
-        shown = {0: plans}
-        save({"epoch": 0, "plans": 0} | row)
+        shown = {0: plans}  # what progress.png shows of each evaluation
+        log(run, {"epoch": 0, "plans": 0} | row, keeps, shown=shown)
 
-    bar = tqdm(total=config.epochs, initial=rows[-1]["epoch"], desc=config.name, unit="epoch")
-    for epoch in range(rows[-1]["epoch"] + 1, config.epochs + 1):
+    for epoch in epochs_of(run):
         clock, generator = time.perf_counter(), seeded(config.seed, epoch)
 
         # 1. sample: in the batches of the updates, since a matrix product of another size rounds
@@ -200,12 +200,11 @@ def fine_tune(config, folder, saved, rows):
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             evaluated, shown[epoch] = evaluate(model, config, timesteps, table)
             row |= evaluated
-        save(row)
+        log(run, row, keeps, shown=shown)
         if epoch in shown:
-            draw_progress(rows, shown, folder / "progress.png")
-        bar.set_postfix(reward=f"{row['reward_mean']:.2f}", success=f"{row['success']:.2f}")
-        bar.update()
-    bar.close()
+            draw_progress(run.rows, shown, folder / "progress.png")
+        run.bar.set_postfix(reward=f"{row['reward_mean']:.2f}", success=f"{row['success']:.2f}")
+    release(folder)
     return folder
 
 
@@ -230,8 +229,19 @@ def draw_progress(rows, shown, path):
     plt.close(figure)
 
 
+def parse_config(arguments):
+    return parse(arguments, Config, __doc__)
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument.partition("=")[0] == "--task" for argument in arguments):
+        from control_loop import main as closed_loop  # it needs gymnasium
+
+        return closed_loop(arguments)
+    command_line(arguments, parse_config, prepare,
+                 lambda run: print(fine_tune(run)))
+
+
 if __name__ == "__main__":
-    script = sys.modules[__name__]
-    if any(argument.partition("=")[0] == "--task" for argument in sys.argv[1:]):
-        import control_loop as script  # it needs gymnasium
-    main(sys.argv[1:], script)
+    main()

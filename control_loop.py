@@ -23,21 +23,21 @@ Evaluation plays fixed seeds with the noise that the policy is trained with.
 """
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from control_policy import (Denoiser, apply_gradients, check_numbers, denoising_loss, fit, log,
-                            main, noise_schedule, open_run, refuse, sample_chain, setting)
+from control_policy import (Denoiser, apply_gradients, check_numbers, denoising_loss, epochs_of, fit,
+                            log, noise_schedule, open_run, parse, restore, sample_chain)
 from control_worlds import copy_controller, load_controller, make_envs, play, try_controller
 from ddpo import clip_range_for, is_loss
+from run_folder import release
 from sample import ddim_step, ddim_table
-from training import seeded
+from settings import refuse
+from training import command_line, seeded
 
 plt.switch_backend("Agg")  # no screen needed
 
@@ -45,30 +45,30 @@ plt.switch_backend("Agg")  # no screen needed
 class Config:
     """Every setting. An epoch plays one episode in each environment."""
 
-    task: str = setting("Pendulum-v1", "an environment of gymnasium with continuous actions")
-    controller: str = setting("", "what is copied first: file.py:function, see pendulum_controller")
-    policy: str = setting("diffusion", "diffusion, or gaussian: the usual policy of PPO")
-    name: str = setting("", "of the run's folder (default: the task and the policy)")
-    out: str = setting("runs", "folder of the runs")
-    seed: int = setting(0, "of everything random")
-    demonstrations: int = setting(4, "episodes of the controller in each environment")
-    pretrain: int = setting(3000, "updates on them, before the first epoch")
-    epochs: int = setting(25, "of fine-tuning")
-    envs: int = setting(64, "environments that are played at once")
-    chunk: int = setting(4, "actions of a decision")
-    steps: int = setting(10, "T, of denoising (diffusion)")
-    train_last: int = setting(5, "of the steps, as many are trained (diffusion)")
-    min_sigma: float = setting(0.1, "floor of a step's σ; actions lie between -1 and 1 (diffusion)")
-    sigma: float = setting(0.2, "of an action (gaussian)")
-    passes: int = setting(3, "over an epoch's decisions")
-    decisions: int = setting(5, "of each environment in an update")
-    lr: float = setting(3e-4, "learning rate of the policy")
-    critic_lr: float = setting(1e-3, "learning rate of the critic")
-    clip_range: float = setting(2.5e-5, "as in ddpo.py: 0.1 for a chunk of 4 actions")
-    gamma: float = setting(0.99, "discount of a time step's reward")
-    gae_lambda: float = setting(0.95, "of the advantages: 1 trusts the returns, 0 the critic")
-    denoising_gamma: float = setting(0.99, "discount of a denoising step's advantage (diffusion)")
-    eval_every: int = setting(5, "epochs between evaluations")
+    task: str = "Pendulum-v1"  # an environment of gymnasium with continuous actions
+    controller: str = ""  # what is copied first: file.py:function, see pendulum_controller
+    policy: str = "diffusion"  # diffusion, or gaussian: the usual policy of PPO
+    name: str = ""  # of the run's folder (default: the task and the policy)
+    out: str = "runs"  # folder of the runs
+    seed: int = 0  # of everything random
+    demonstrations: int = 4  # episodes of the controller in each environment
+    pretrain: int = 3000  # updates on them, before the first epoch
+    epochs: int = 25  # of fine-tuning
+    envs: int = 64  # environments that are played at once
+    chunk: int = 4  # actions of a decision
+    steps: int = 10  # T, of denoising (diffusion)
+    train_last: int = 5  # of the steps, as many are trained (diffusion)
+    min_sigma: float = 0.1  # floor of a step's σ; actions lie between -1 and 1 (diffusion)
+    sigma: float = 0.2  # of an action (gaussian)
+    passes: int = 3  # over an epoch's decisions
+    decisions: int = 5  # of each environment in an update
+    lr: float = 3e-4  # learning rate of the policy
+    critic_lr: float = 1e-3  # learning rate of the critic
+    clip_range: float = 2.5e-5  # as in ddpo.py: 0.1 for a chunk of 4 actions
+    gamma: float = 0.99  # discount of a time step's reward
+    gae_lambda: float = 0.95  # of the advantages: 1 trusts the returns, 0 the critic
+    denoising_gamma: float = 0.99  # discount of a denoising step's advantage (diffusion)
+    eval_every: int = 5  # epochs between evaluations
 
 
 def gae(rewards, discounts, values, next_values, alive, gae_lambda):
@@ -110,10 +110,15 @@ def check(config):
 
 def train(config, resume=False):
     """Pretrain and fine-tune as the settings say. Returns the run's folder."""
-    return fine_tune(config, *open_run(check(config), resume))
+    return fine_tune(prepare(config, resume))
 
 
-def fine_tune(config, folder, saved, rows):
+def prepare(config, resume):
+    return open_run(check(config), resume)
+
+
+def fine_tune(run):
+    config, folder = run.config, run.folder
     envs = make_envs(config)
     shape = (envs.single_action_space.shape[0], 1, config.chunk)
     features = envs.single_observation_space.shape[0]
@@ -135,7 +140,7 @@ def fine_tune(config, folder, saved, rows):
 
     def evaluate():
         played = rollout((1, 0), seeded(1, 1))
-        frames = np.array(played.observations)[:, 0]  # of the first environment
+        frames = torch.tensor(np.array(played.observations)[:, 0])  # of the first environment
         return {"eval_return": played.returns.mean(), "eval_std": played.returns.std()}, frames
 
     def rollout(seeds, generator):
@@ -147,13 +152,11 @@ def fine_tune(config, folder, saved, rows):
         return play(envs, config, seeds, act)
 
     def save(row):
-        log(folder, rows, row, {name: part.state_dict() for name, part in keeps.items()} |
-            {"mean": mean, "std": std, "scale": scale, "shown": shown})
+        log(run, row, keeps, mean=mean, std=std, scale=scale, shown=shown)
 
-    if saved:
-        for name, part in keeps.items():
-            part.load_state_dict(saved[name])
-        mean, std, scale, shown = (saved[name] for name in ("mean", "std", "scale", "shown"))
+    if run.saved:
+        restore(run, keeps)
+        mean, std, scale, shown = (run.saved[name] for name in ("mean", "std", "scale", "shown"))
     else:
         seen, chunks, to_go, returns = copy_controller(config, envs, load_controller(config))
         mean, std = seen.mean(0), seen.std(0) + 1e-6
@@ -178,8 +181,7 @@ def fine_tune(config, folder, saved, rows):
         shown = {0: frames}
         save({"epoch": 0, "env_steps": 0, "controller_return": returns.mean().item()} | row)
 
-    bar = tqdm(total=config.epochs, initial=rows[-1]["epoch"], desc=config.name, unit="epoch")
-    for epoch in range(rows[-1]["epoch"] + 1, config.epochs + 1):
+    for epoch in epochs_of(run):
         clock, generator = time.perf_counter(), seeded(config.seed, epoch)
 
         # 1. play, 2. reward
@@ -230,7 +232,7 @@ def fine_tune(config, folder, saved, rows):
         loss, square, clipped = (totals / len(grad_norms)).tolist()
         left = ((targets - values) * alive).square().sum() / count
         spread = targets[alive > 0].var(correction=0)
-        row = {"epoch": epoch, "env_steps": rows[-1]["env_steps"] + played.env_steps,
+        row = {"epoch": epoch, "env_steps": run.rows[-1]["env_steps"] + played.env_steps,
                "return_mean": played.returns.mean(), "return_std": played.returns.std(),
                "loss": loss, "approx_kl": square / 2, "clip_fraction": clipped,
                "ratio_error": ratio_error, "grad_norm": sum(grad_norms) / len(grad_norms),
@@ -241,10 +243,9 @@ def fine_tune(config, folder, saved, rows):
             row |= evaluated
         save(row)
         if epoch in shown:
-            draw_progress(config, rows, shown, folder / "progress.png")
-        bar.set_postfix({"return": f"{row['return_mean']:.1f}"})
-        bar.update()
-    bar.close()
+            draw_progress(config, run.rows, shown, folder / "progress.png")
+        run.bar.set_postfix({"return": f"{row['return_mean']:.1f}"})
+    release(folder)
     return folder
 
 
@@ -254,12 +255,12 @@ def draw_progress(config, rows, shown, path):
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained",
                                 width_ratios=(3, 4, 4))
     trained = [row for row in rows if "return_mean" in row]
-    axes[0].plot([row["env_steps"] for row in trained], [row["return_mean"] for row in trained],
-                 alpha=0.5, label="played")
+    axes[0].plot([row["env_steps"] / 1000 for row in trained],
+                 [row["return_mean"] for row in trained], alpha=0.5, label="played")
     evaluated = [row for row in rows if "eval_return" in row]
-    axes[0].plot([row["env_steps"] for row in evaluated], [row["eval_return"] for row in evaluated],
-                 "o-", ms=3, label="fixed seeds")
-    axes[0].set(title=f"return, {config.policy}", xlabel="steps in the task")
+    axes[0].plot([row["env_steps"] / 1000 for row in evaluated],
+                 [row["eval_return"] for row in evaluated], "o-", ms=3, label="fixed seeds")
+    axes[0].set(title=f"return, {config.policy}", xlabel="steps in the task, thousands")
     axes[0].legend(fontsize=8)
     axes[0].grid(alpha=0.3)
     for axis, epoch in zip(axes[1:], (min(shown), max(shown))):
@@ -272,10 +273,19 @@ def draw_progress(config, rows, shown, path):
             x, y = 2.4 * (i % 9), -2.4 * (i // 9)
             axis.plot([x, x - sin], [y, y + cos], "k-", lw=2)
             axis.plot(x - sin, y + cos, "o", ms=4, color="C2" if cos > 0.9 else "C3")
-        axis.set(aspect="equal", xticks=[], yticks=[], xlabel="every 8th step, row by row")
+        axis.set(aspect="equal", xticks=[], yticks=[], ylim=(-6.2, 1.4), xlabel="every 8th step, row by row")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
+def parse_config(arguments):
+    return parse(arguments, Config, __doc__)
+
+
+def main(arguments=None):
+    command_line(arguments, parse_config, prepare,
+                 lambda run: print(fine_tune(run)))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:], sys.modules[__name__])
+    main()

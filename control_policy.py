@@ -6,23 +6,20 @@ The network and its pretraining, the denoising chain, and a run's folder and com
 import argparse
 import json
 import math
-import os
-import signal
-import sys
-from dataclasses import asdict, field, fields
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from diffusers import DDIMScheduler
 from torch import nn
 from tqdm import tqdm
 
-from run_folder import load_checkpoint, read_metrics, save_checkpoint, write_whole
+from run_folder import (append, load_checkpoint, read_metrics, reserved, row_line, save_checkpoint,
+                        write_whole)
 from sample import ddim_step
+from settings import add_flags, refuse, resumed_config
 from training import RunStopped
-
-
-# the model
 
 
 class Denoiser(nn.Module):
@@ -103,14 +100,6 @@ def apply_gradients(model, optimizer):
 # a run: its settings, folder and command line
 
 
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-def refuse(config, name, advice):
-    raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: {advice}")
-
-
 def check_numbers(config, at_least_1, above_0):
     """What the settings of both loops have in common; all other numbers must not be negative."""
     for name, value in asdict(config).items():
@@ -129,81 +118,59 @@ def check_numbers(config, at_least_1, above_0):
 
 
 def open_run(config, resume):
-    """(folder, the checkpoint to go on from or None, rows of metrics.jsonl until then)."""
+    """A run, ready for the epoch after the last of its rows, in a folder that no other process
+    writes until `release`. saved: the checkpoint that it goes on from, or None."""
     folder = Path(config.out) / config.name
-    if folder.exists() and not resume:
-        raise ValueError(f"--name {config.name}: {folder} exists; go on with --resume {folder}, "
-                         "or choose another")
-    saved = load_checkpoint(folder / "checkpoint")
-    rows = read_metrics(folder / "metrics.jsonl") if saved else []
-    rows = [row for row in rows if row["epoch"] <= saved["epoch"]]
-    if saved and [row["epoch"] for row in rows] != list(range(saved["epoch"] + 1)):
-        raise ValueError(f"--resume {folder}: metrics.jsonl lacks rows before its checkpoint's "
-                         "epoch; mend that file, or begin anew with another --name")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    return folder, saved, rows
+    with reserved(folder):
+        if not resume and any((folder / file).exists() for file in ("config.json", "checkpoint")):
+            raise ValueError(f"{folder}: exists already; go on with --resume {folder}, or choose "
+                             "another --name")
+        saved = load_checkpoint(folder / "checkpoint") if resume else None
+        rows = read_metrics(folder / "metrics.jsonl") if saved else []
+        rows = [row for row in rows if row["epoch"] <= saved["epoch"]]
+        if saved and [row["epoch"] for row in rows] != list(range(saved["epoch"] + 1)):
+            raise ValueError(f"--resume {folder}: metrics.jsonl lacks rows before its checkpoint's "
+                             "epoch; mend that file, or begin anew with another --name")
+        write_whole(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+        write_whole(folder / "metrics.jsonl", "".join(row_line(row) + "\n" for row in rows))
+    return SimpleNamespace(config=config, folder=folder, saved=saved, rows=rows, bar=None)
 
 
-def log(folder, rows, row, state):
-    """A row of metrics.jsonl on disk, then the checkpoint of its epoch."""
-    rows.append(row)
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # not to be behind the checkpoint after a power cut
-    save_checkpoint(folder / "checkpoint", state | {"epoch": row["epoch"]})
+def log(run, row, keeps, **state):
+    """A row of metrics.jsonl on the disk, then the checkpoint of its epoch: what `keeps` (modules
+    and optimizers by name) is now, and whatever else the loop wants back."""
+    run.rows.append(row)
+    append(run.folder / "metrics.jsonl", row_line(row))
+    state |= {name: part.state_dict() for name, part in keeps.items()}
+    state |= {"epoch": row["epoch"], "config": asdict(run.config)}
+    save_checkpoint(run.folder / "checkpoint", state)
 
 
-def parse(arguments, script):
-    """(Config, resume) of a script from its command line. Raises ValueError, one line."""
-    parser = argparse.ArgumentParser(description=script.__doc__,
+def restore(run, keeps):
+    for name, part in keeps.items():
+        part.load_state_dict(run.saved[name])
+
+
+def epochs_of(run):
+    """The epochs that are left, with a progress bar, run.bar."""
+    first, last = run.rows[-1]["epoch"] + 1, run.config.epochs
+    run.bar = tqdm(total=last, initial=first - 1, desc=run.config.name, unit="epoch")
+    for epoch in range(first, last + 1):
+        yield epoch
+        run.bar.update()
+    run.bar.close()
+
+
+def parse(arguments, config_class, doc):
+    """(a config_class, resume) from the command line. Raises ValueError, one line."""
+    parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only "
                                                         "--epochs may be given beside it")
-    for each in fields(script.Config):
-        parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(each.default),
-                            help=f"{each.metadata['help']} (default {each.default!r})")
+    add_flags(parser, config_class)
     parser.error = lambda message: parser.exit(2, f"{message}\n")  # one line, no page of usage
     given = vars(parser.parse_args(arguments))
     given = {name: value for name, value in given.items() if value is not None}
-    if "resume" not in given:
-        return script.Config(**given), False
-    run, program = Path(given.pop("resume")), Path(script.__file__).name
-    if given.keys() - {"epochs"}:
-        raise ValueError(f"--resume {run}: its settings are those of its config.json; only "
-                         "--epochs may be given beside it")
-    if not (run / "config.json").exists():
-        raise ValueError(f"--resume {run}: no config.json in it; give the folder of a run")
-    try:
-        config = script.Config(**json.loads((run / "config.json").read_text()) | given)
-    except (TypeError, json.JSONDecodeError):
-        raise ValueError(f"--resume {run}: its config.json is not that of a run of {program}; "
-                         "go on with the script that made it") from None
-    config.out, config.name = str(run.parent), run.resolve().name
-    return config, True
-
-
-def main(arguments, script):
-    """The command line of a script that has a Config, check and fine_tune."""
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    config = None
-    try:
-        try:
-            config, resume = parse(arguments, script)
-            run = open_run(script.check(config), resume)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            sys.exit(2)
-        print(script.fine_tune(config, *run))
-    except (RunStopped, OSError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        program, folder = Path(script.__file__).name, Path(config.out) / config.name
-        print(f"\nstopped; go on with: python {program} --resume {folder}", file=sys.stderr)
-        sys.exit(130)
+    if "resume" in given:
+        return resumed_config(Path(given.pop("resume")).resolve(), given, config_class), True
+    return config_class(**given), False

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from control_policy import refuse
+from settings import refuse
 
 SHAPE = (2, 1, 16)  # of a plan: x and y of 16 waypoints
 SCALE = 2.0  # latents = SCALE · position: their spread is then about 1, that of the noise

@@ -184,6 +184,7 @@ def fit(run):
                 updating.update(len(image))
             grad_norms.append(apply_gradients(run))
         updating.close()
+        del trajectories, latents  # not to hold them beside those of the next epoch
 
         # 5. log
         means = (reduce(totals) / (pairs * updates)).tolist()

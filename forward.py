@@ -17,7 +17,9 @@ linear in the advantage, and a trust region around the weights that sampled. To 
 same. At r = 1/2 its gradient is 0: the model cannot drift as rwr.py's does (tutorial 11).
 
 v is the network's own target: ε, VP's v, x_0, or the flow's ε − x_0. At a given x_t each is affine in any
-other, so their errors differ by a factor of t alone. --weighting adaptive takes those of x̂_0 instead.
+other, so their errors differ by a factor of t alone: a weight of the timesteps. --weighting adaptive, the
+default as published, takes the errors of x̂_0, each branch over its own size; none takes those of v, and
+the identity is exact.
 """
 
 import time
@@ -42,8 +44,8 @@ class Config(Settings):
 
     # forward process
     loss: str = "nft"  # nft (DiffusionNFT), awm (advantage weighted matching)
-    beta: float = 0.1  # of the trust region; smaller is faster and less stable
-    weighting: str = "none"  # of the timesteps: none, or adaptive, see matching_error
+    beta: float = 0.0  # of the trust region; smaller is faster and less stable (0: 0.2 of nft, 0.5 of awm)
+    weighting: str = "adaptive"  # of the timesteps: adaptive, or none, see matching_error
     clip_range: float = 1.0  # of awm's ratio; as published so wide that it seldom acts
     advantages: str = "group"  # group (the pictures of one prompt in an epoch), zero: the control
     advantage_clip: float = 5.0  # A_max: larger advantages count as it
@@ -100,12 +102,13 @@ def old_decay(updates, flat, rise, ceiling):
 def check(config):
     """Fills in the settings that follow from others. Raises ValueError, one line, if they cannot work."""
     check_choices(config, loss=("nft", "awm"), weighting=("none", "adaptive"), advantages=("group", "zero"))
-    above_zero(config, "beta", "clip_range", "advantage_clip")
-    at_least(config, 0, "kl", "old_flat", "old_rise", "old_ceiling")
+    above_zero(config, "clip_range", "advantage_clip")
+    at_least(config, 0, "beta", "kl", "old_flat", "old_rise", "old_ceiling")
     if not config.old_ceiling < 1:
         refuse(config, "old_ceiling", "must be below 1, where v_old would stand still")
     if config.group_size < 2:
         refuse(config, "group_size", "a group needs at least 2 pictures to compare")
+    config.beta = config.beta or {"nft": 0.2, "awm": 0.5}[config.loss]  # awm's must exceed most |2r − 1|
     suffix = "" if config.name else f"-{config.loss}"
     config = settings.check(config)
     config.name += suffix  # beside the runs of ddpo.py

@@ -27,7 +27,8 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel,
+                       SD3Transformer2DModel, UNet2DConditionModel)
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 
@@ -102,8 +103,6 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
         torch.set_default_dtype(default)  # a loader that fails half-way leaves its own
         raise ValueError(f"--model {model}: cannot be loaded ({first_line(error)}); give a folder in diffusers' layout or "
                          "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5") from error
-    from sample import ddim_scheduler  # not above: sample.py imports this file
-
     pipeline.scheduler = ddim_scheduler(pipeline.scheduler)
     network = denoiser(pipeline)
     if lora is not None:
@@ -120,7 +119,7 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
         module.requires_grad_(False).eval()
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    try_out(pipeline, model, dtype)
+    try_out(pipeline, f"{model} --lora {lora}" if lora else model, dtype)
     return pipeline
 
 
@@ -237,6 +236,36 @@ def try_out(pipeline, model, dtype):
                          "velocity or picture are wanted; give another model")
 
 
+def ddim_scheduler(scheduler):
+    """The scheduler that we sample with: a flow-matching one as it is, otherwise DDIM with the same noise
+    schedule. Settings keep the values that the given scheduler runs with, also those that its file left out.
+
+    Raises ValueError, one line, for a scheduler of neither kind, and for options under which the steps would
+    be others, or not affine.
+    """
+    config, name = dict(scheduler.config), type(scheduler).__name__
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        for option in ("stochastic_sampling", "invert_sigmas"):
+            if config.get(option):
+                raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that "
+                                 f"we sample; set {option} to false in scheduler/scheduler_config.json")
+        return scheduler
+    if "beta_schedule" not in config or config.get("use_flow_sigmas"):
+        raise ValueError(f"scheduler: {name} has no noise schedule that we know; give one with a beta "
+                         "schedule, such as DDIMScheduler, or FlowMatchEulerDiscreteScheduler")
+    for option in ("clip_sample", "thresholding"):
+        if config.get(option, False):
+            raise ValueError(f"scheduler: {option}=True bends the step, which is then no Gaussian around an "
+                             f"affine mean; set {option} to false in scheduler/scheduler_config.json")
+        config[option] = False  # DDIMScheduler's own default for clip_sample is True
+    config.pop("_use_default_values", None)  # or DDIM's defaults would replace those of the given class
+    try:
+        return DDIMScheduler.from_config(config)
+    except NotImplementedError:
+        raise ValueError(f"scheduler: beta_schedule {config['beta_schedule']!r} is not one of DDIM's; choose "
+                         "linear, scaled_linear or squaredcos_cap_v2, or give trained_betas") from None
+
+
 def load_tuned(pipeline, folder, scale, dtype):
     """Put a run's weights into the pipeline: its whole network, or its adapter. All of them, or ValueError."""
     network, name = denoiser(pipeline), network_name(pipeline)
@@ -260,6 +289,8 @@ def load_tuned(pipeline, folder, scale, dtype):
             pipeline.set_adapters(["tuned"], [scale])
         else:
             raise ValueError(f"no {adapter.name} and no {name}/ in it")
+        if not all(p.isfinite().all() for p in denoiser(pipeline).parameters()):
+            raise ValueError("its weights are not finite")
     except Exception as error:  # as above
         raise ValueError(f"--lora {folder}: cannot be loaded ({first_line(error)}); give the folder of a run of this "
                          "model") from error

@@ -5,6 +5,7 @@
     python reproduce.py generalisation     trained animals, unseen animals, objects
     python reproduce.py overoptimisation   far past the optimum, and what each prevention changes
     python reproduce.py fewer_steps        cheaper ways to sample and train: reward against time
+    python reproduce.py control            plans and closed-loop control instead of pictures
     python reproduce.py --draw             all tables and pictures again, from the logs
 
 experiments.py has the commands that are run, reproduce_figures.py the drawing. Experiments share
@@ -37,6 +38,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import experiments
+import reproduce_control
 import reproduce_figures
 from evaluate import guard
 from reproduce_figures import headline, settings_of
@@ -50,6 +52,7 @@ EXPERIMENTS = {  # name: (its commands, its table and figures)
     "generalisation": (experiments.generalisation, reproduce_figures.draw_generalisation),
     "overoptimisation": (experiments.overoptimisation, reproduce_figures.draw_overoptimisation),
     "fewer_steps": (experiments.fewer_steps, reproduce_figures.draw_fewer_steps),
+    "control": (reproduce_control.commands, reproduce_control.draw),
 }
 FOR_OTHER_MODELS = ["rewards", "algorithms"]
 
@@ -200,11 +203,13 @@ def main(arguments=None):
     # a signal as an exception, so that the runs are ended too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
     model = Path(args.model).name
-    results, out = Path("results") / model, Path("runs/reproduce") / model
-    (results / "logs").mkdir(parents=True, exist_ok=True)
     shipped = is_emoji(args.model)
-    flags = args.flags if shipped else f"--model {args.model} {args.flags}"
+    default = shipped and model == "emoji"  # the pages show its tables alone
+    flags = args.flags if default else f"--model {args.model} {args.flags}"
     for name in args.experiments:
+        room = "control" if name == "control" else model  # its models are its own
+        results, out = Path("results") / room, Path("runs/reproduce") / room
+        (results / "logs").mkdir(parents=True, exist_ok=True)
         if not args.draw:
             runs = {
                 run: f"{command} {flags}".strip()
@@ -222,9 +227,9 @@ def main(arguments=None):
         (results / f"{name}.md").write_text("\n".join(lines) + "\n")
         (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
         print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
-        if shipped:
+        if default:
             insert_table(Path("results/README.md"), name, lines)
-        if shipped and name == "rewards":
+        if default and name == "rewards":
             insert_table(Path("README.md"), "headline", headline(numbers))
 
 

@@ -26,34 +26,24 @@ searched first.
 
 A reward cannot change what is trained. It gets copies of the pictures and prompts, and what it
 switches in the process (gradient mode, random state, working folder, ...) holds for its own code
-alone: see Guest.
+alone: see reward_files.py.
 """
 
-import contextlib
-import functools
-import importlib.util
 import inspect
 import io
-import logging
 import math
-import os
-import random
 import re
-import sys
-import threading
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from judges import (HERE, answer, bertscore_recall, embed_images, embed_texts, find, generate,
                     load_aesthetic_head, load_clip, load_encoder, load_vlm, to_pil)
+from reward_files import Guest, RewardError, checked, load_function, one_line
 
 EMOJI_CLIP = str(HERE / "models" / "emoji" / "clip")
 CLIP = "openai/clip-vit-large-patch14"
@@ -63,18 +53,6 @@ PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's own
 VLM = "llava-hf/llava-1.5-7b-hf"
 ENCODER = "microsoft/deberta-xlarge-mnli"
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-PATIENCE = 60  # seconds, after which a reward that has not answered is named on the screen
-
-
-class RewardError(ValueError):
-    """A reward that cannot be loaded, or whose values cannot be used.
-
-    index, prompt and image (3, H, W) are those of the picture at fault, or None.
-    """
-
-    def __init__(self, message, index=None, prompt=None, image=None):
-        super().__init__(message)
-        self.index, self.prompt, self.image = index, prompt, image
 
 
 # JPEG size
@@ -234,165 +212,6 @@ def singular(noun):
     return noun
 
 
-# Code of other people
-
-def working_folder():
-    try:
-        return os.getcwd()
-    except FileNotFoundError:  # removed, as a temporary folder is
-        return os.sep
-
-
-def replace(items, value):
-    items[:] = value
-
-
-# (read, write) of what code can switch for the whole process. Each reward has its own of these:
-# they hold in its file and in each of its calls, and nowhere else.
-OWN = (
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.get_default_device,  # the device itself would slow down every call of torch
-     lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
-    (torch.get_rng_state, torch.set_rng_state),
-    (np.random.get_state, np.random.set_state),
-    (random.getstate, random.setstate),
-    (working_folder, os.chdir),
-    (lambda: list(sys.path), lambda value: replace(sys.path, value)),
-    (lambda: list(warnings.filters), lambda value: replace(warnings.filters, value)),
-    (lambda: logging.root.level, logging.root.setLevel),
-    (lambda: list(logging.root.handlers), lambda value: replace(logging.root.handlers, value)),
-    (np.geterr, lambda value: np.seterr(**value)),
-    (lambda: torch.cuda.current_device() if torch.cuda.is_initialized() else None,
-     lambda value: None if value is None else torch.cuda.set_device(value)),
-)
-# These change the numbers of all threads, and on a GPU a reward is computed while the next pictures
-# are sampled. So they are only put back, after the file and after each call.
-SHARED = (
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_num_threads, torch.set_num_threads),
-    (lambda: (torch.are_deterministic_algorithms_enabled(),
-              torch.is_deterministic_algorithms_warn_only_enabled()),
-     lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
-    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
-    (lambda: torch.backends.cudnn.deterministic,
-     lambda value: setattr(torch.backends.cudnn, "deterministic", value)),
-    (lambda: torch.backends.cudnn.benchmark,
-     lambda value: setattr(torch.backends.cudnn, "benchmark", value)),
-    # TF32 is read by its new name and written by its old one: a file may use either, and after
-    # the new one torch refuses to read the old one.
-    (lambda: torch.backends.cuda.matmul.fp32_precision,
-     lambda value: setattr(torch.backends.cuda.matmul, "allow_tf32", value == "tf32")),
-    (lambda: torch.backends.cudnn.conv.fp32_precision,
-     lambda value: setattr(torch.backends.cudnn, "allow_tf32", value == "tf32")),
-    (lambda: torch.backends.mkldnn.matmul.fp32_precision,
-     lambda value: setattr(torch.backends.mkldnn.matmul, "fp32_precision", value)),
-)
-
-
-@dataclass
-class Guest:
-    """A reward's code, which may be anybody's. It runs in `with guest.at_work():`, and the process
-    is afterwards as it was.
-
-    A file imports from its own folder first, as in `python file.py`. What it imports from there is
-    in sys.modules only while the reward's code runs. So its prompts.py is not taken for ours, nor
-    ours for its, and two rewards from two folders may each have a helper.py.
-    """
-
-    name: str
-    folder: Path | None = None  # of a reward file, unless that lies among ours
-    namesakes: frozenset = frozenset()  # names that are in this folder and among ours
-    settings: list = field(default_factory=list)  # its values of OWN, once it has run
-    modules: dict = field(default_factory=dict)  # what it has imported from its folder
-
-    @contextlib.contextmanager
-    def at_work(self):
-        ours, shared = [read() for read, _ in OWN], [read() for read, _ in SHARED]
-        modules = sys.modules.copy()
-        hidden = {name: modules[name] for name in (modules if self.namesakes else ())
-                  if top_level(name) in self.namesakes and source_folder(name) == HERE}
-        say = functools.partial(tqdm.write, file=sys.stderr)  # around progress bars
-        slow = threading.Timer(PATIENCE, say, [f"reward {self.name}: no answer for {PATIENCE} s; "
-                                               "still waiting"])
-        slow.daemon = True  # it does not keep a process that ends
-        slow.start()
-        with torch.inference_mode(torch.is_inference_mode_enabled()):  # ends what is left on inside
-            try:
-                for (_, write), value in zip(OWN, self.settings or ours):
-                    write(value)
-                if self.folder and not self.settings:
-                    sys.path.insert(0, str(self.folder))
-                for name in hidden:
-                    del sys.modules[name]
-                sys.modules.update(self.modules)
-                yield
-            finally:
-                slow.cancel()
-                self.modules = {
-                    name: module for name, module in sys.modules.copy().items()
-                    if self.folder and (name in hidden or name not in modules)
-                    and source_folder(name) == self.folder}
-                for name in self.modules:
-                    del sys.modules[name]
-                sys.modules.update(hidden)
-                self.settings = [read() for read, _ in OWN]
-                for (_, write), value in zip(OWN, ours):
-                    write(value)
-                for (read, write), value in zip(SHARED, shared):
-                    if read() != value:
-                        write(value)
-
-
-def top_level(name):
-    return name.partition(".")[0]
-
-
-def source_folder(name):
-    """The folder of a module in sys.modules, or of the outermost package that it is in, or None."""
-    module = sys.modules.get(top_level(name))
-    if hasattr(module, "__path__"):
-        return Path(next(iter(module.__path__), "")).parent
-    file = getattr(module, "__file__", None)
-    return file and Path(file).parent
-
-
-def load_function(spec):
-    """(function, Guest) of "path/my_file.py:my_reward"."""
-    file, _, function = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise RewardError(f"reward {spec}: there is no file {file}")
-    folder, name = Path(file).resolve().parent, f"reward_{Path(file).stem}"
-    guest = Guest(spec)
-    if folder != HERE:
-        theirs, ours = ({path.stem for path in place.iterdir()} for place in (folder, HERE))
-        guest = Guest(spec, folder, frozenset(theirs & ours))
-    module_spec = importlib.util.spec_from_file_location(name, Path(file).resolve())
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        with guest.at_work():
-            sys.modules[name] = module
-            module_spec.loader.exec_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit, too: sys.exit() in a reward is no end of a run
-        raise RewardError(f"reward {spec}: {file} cannot be imported "
-                          f"({one_line(error)})") from error
-    reward = getattr(module, function, None)
-    if not callable(reward):
-        own = [key for key, value in vars(module).items()
-               if getattr(value, "__module__", None) == name]
-        raise RewardError(f"reward {spec}: {file} has no function {function}; "
-                          f"it has {', '.join(own) or 'none'}")
-    try:
-        inspect.signature(reward).bind("images", "prompts")
-    except ValueError:
-        pass  # some callables of C have no signature
-    except TypeError:
-        raise RewardError(f"reward {spec}: {function}{inspect.signature(reward)} in {file} must "
-                          "take (images, prompts)") from None
-    return reward, guest
-
-
 # From a name on the command line to a checked function
 
 REWARDS = {"compress": compress, "incompress": incompress, "clip": clip, "aesthetic": aesthetic,
@@ -487,78 +306,6 @@ def get_reward(spec, device=None):
     if weight == 1:
         return rewards[name]
     return lambda images, prompts: weight * rewards[name](images, prompts)
-
-
-def checked(reward, guest):
-    """reward, with what goes in and what comes out checked.
-
-    It gets copies. Where it fails, the error names the picture.
-    """
-    name = guest.name
-
-    def ask(images, prompts):
-        with guest.at_work():
-            return reward(images.clone(), list(prompts))
-
-    def call(images, prompts):
-        wrong = images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3
-        if wrong or len(prompts) != len(images):
-            raise ValueError(f"reward {name}: takes uint8 images (B, 3, H, W) and B prompts, not "
-                             f"{images.dtype} {tuple(images.shape)} and {len(prompts)} prompts")
-        try:
-            values = ask(images, prompts)
-        except (RewardError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # SystemExit, too
-            raise find_culprit(name, ask, images, prompts, error) from error
-        return check_rewards(name, values, images, prompts)
-
-    call.counts = getattr(reward, "counts", {})
-    return call
-
-
-def find_culprit(name, ask, images, prompts, error):
-    """The RewardError for an exception. Asks for the pictures one by one, to name the first that
-    raises alone."""
-    for i, prompt in enumerate(prompts):
-        try:
-            ask(images[i : i + 1], [prompt])
-        except KeyboardInterrupt:
-            raise
-        except BaseException as alone:
-            message = f"reward {name}: raised {one_line(alone)}, for image {i}, {prompt!r}"
-            return RewardError(message, i, prompt, images[i])
-    return RewardError(f"reward {name}: raised {one_line(error)}, for the batch, but for no image "
-                       "alone")
-
-
-def check_rewards(name, values, images, prompts):
-    """values as a float32 tensor (B,) on the CPU, a copy: a reward may use one buffer for all.
-
-    Raises RewardError for anything but one finite real number an image.
-    """
-    count = len(images)
-    try:
-        if isinstance(values, np.ndarray):
-            values = values.astype(np.float32, casting="same_kind")  # any strides, any byte order
-        elif isinstance(values, torch.Tensor) and values.is_complex():
-            raise TypeError
-        tensor = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach().clone()
-    except Exception:  # TypeError, ValueError, RuntimeError, and those of strange containers
-        what = f"{type(values).__name__} {' '.join(repr(values).split()):.80}"
-        raise RewardError(f"reward {name}: returned {what}; return one number an image, {count} in "
-                          "all") from None
-    if tensor.shape != (count,):
-        raise RewardError(f"reward {name}: returned shape {tuple(tensor.shape)} for {count} "
-                          f"images; return one number an image, shape ({count},)")
-    for i in (~tensor.isfinite()).nonzero().flatten().tolist():
-        message = f"reward {name}: returned {tensor[i].item()} for image {i}, {prompts[i]!r}"
-        raise RewardError(message, i, prompts[i], images[i])
-    return tensor
-
-
-def one_line(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def pick_device(device):

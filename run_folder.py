@@ -2,7 +2,7 @@
 and a power cut, curves and pictures.
 
     runs/<name>/config.json                        every setting
-                metrics.jsonl                      one row an epoch; the README defines every key
+                metrics.jsonl                      one row an epoch; docs/metrics.md defines every key
                 rewards.png, progress.png          curves; the same prompts and seeds, by evaluation
                 pytorch_lora_weights.safetensors   for pipe.load_lora_weights(folder); or unet/
                 checkpoint/epoch_*.pt              the last two, for --resume

@@ -25,12 +25,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import (DTYPES, autocast, condition, decode, default_device, denoiser, encode_prompts,
-                    first_line, is_emoji, latents_shape, load_pipeline, load_tuned, predict,
-                    schedule_inputs)  # first: it quiets the libraries
+from models import (DTYPES, autocast, condition, ddim_scheduler, decode, default_device, denoiser,
+                    encode_prompts, first_line, is_emoji, latents_shape, load_pipeline, load_tuned,
+                    predict, schedule_inputs)  # first: it quiets the libraries
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from kernels.ddim_step import fused_ddim_step
@@ -49,36 +49,6 @@ class Trajectories:
     prompts: list
 
 
-def ddim_scheduler(scheduler):
-    """The scheduler that we sample with: a flow-matching one as it is, otherwise DDIM with the same noise
-    schedule. Settings keep the values that the given scheduler runs with, also those that its file left out.
-
-    Raises ValueError, one line, for a scheduler of neither kind, and for options under which the steps would
-    be others, or not affine.
-    """
-    config, name = dict(scheduler.config), type(scheduler).__name__
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        for option in ("stochastic_sampling", "invert_sigmas"):
-            if config.get(option):
-                raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that "
-                                 f"we sample; set {option} to false in scheduler/scheduler_config.json")
-        return scheduler
-    if "beta_schedule" not in config or config.get("use_flow_sigmas"):
-        raise ValueError(f"scheduler: {name} has no noise schedule that we know; give one with a beta "
-                         "schedule, such as DDIMScheduler, or FlowMatchEulerDiscreteScheduler")
-    for option in ("clip_sample", "thresholding"):
-        if config.get(option, False):
-            raise ValueError(f"scheduler: {option}=True bends the step, which is then no Gaussian around an "
-                             f"affine mean; set {option} to false in scheduler/scheduler_config.json")
-        config[option] = False  # DDIMScheduler's own default for clip_sample is True
-    config.pop("_use_default_values", None)  # or DDIM's defaults would replace those of the given class
-    try:
-        return DDIMScheduler.from_config(config)
-    except NotImplementedError:
-        raise ValueError(f"scheduler: beta_schedule {config['beta_schedule']!r} is not one of DDIM's; choose "
-                         "linear, scaled_linear or squaredcos_cap_v2, or give trained_betas") from None
-
-
 def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
     """(timesteps (T,), α (T+1,), s (T+1,) float64): step i leads from α_i x_0 + s_i ε to the levels i + 1.
 
@@ -91,7 +61,8 @@ def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if scheduler.config.use_dynamic_shifting and mu is None:
             raise ValueError("scheduler: use_dynamic_shifting needs the shift mu of the picture's size, "
-                             "which this model does not tell; set it to false in scheduler/scheduler_config.json")
+                             "which this model does not tell; set it to false in "
+                             "scheduler/scheduler_config.json")
         scheduler.set_timesteps(num_steps, sigmas=sigmas, **{} if mu is None else {"mu": mu})
         s = scheduler.sigmas.cpu().double()
         return scheduler.timesteps.cpu(), 1 - s, s
@@ -267,35 +238,41 @@ def noised(scheduler, clean, noise, timesteps):
 
 
 @torch.no_grad()
-def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta=1.0, generator=None, dtype=None,
-                        on_step=None, cache=None, step=None, sampler="ddim"):
-    """Sample one picture a prompt and keep the whole trajectory. guidance_scale <= 1 means no guidance (and half the work).
+def sample_trajectories(pipeline, prompts, num_steps=50, guidance_scale=5.0, eta=1.0, generator=None,
+                        dtype=None, on_step=None, cache=None, step=None, sampler="ddim"):
+    """Samples one picture a prompt and keeps the whole trajectory: Trajectories.
 
+    guidance_scale: 1 or less means no guidance, and half the work.
     generator: a torch.Generator, or one for each prompt (then a picture does not depend on its batch).
-    eta, sampler: see ddim_table. dtype: what the network computes in, by autocast (default: that of its weights); the
-    trajectory itself is float32. on_step: called after each step, for a progress bar. cache: see encode_prompts.
-    step: what takes a step (default: `guided_step`; or a `GraphedStep`, which launches faster).
+    eta, sampler: see ddim_table.
+    dtype: what the network computes in, by autocast (default: that of its weights). The trajectory
+    itself is float32.
+    on_step: called after each step, for a progress bar. cache: see encode_prompts.
+    step: what takes a step: `guided_step` (the default), or a `GraphedStep`, which launches faster.
     """
     network = denoiser(pipeline)
-    device = network.device
-    timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta, sampler, **schedule_inputs(pipeline, num_steps))
-    table = table.to(device)  # all that a step needs of the scheduler: no gather on the CPU, no wait for the GPU
-    prompt_embeds, negative_embeds, guidance_scale = condition(pipeline, prompts, guidance_scale, cache)
+    device, dtype = network.device, dtype or network.dtype
+    inputs = schedule_inputs(pipeline, num_steps)
+    timesteps, table = ddim_table(pipeline.scheduler, num_steps, eta, sampler, **inputs)
+    table = table.to(device)  # all that a step needs of the scheduler: no wait for the GPU
+    *embeds, guidance_scale = condition(pipeline, prompts, guidance_scale, cache)
     shape = (len(prompts), *latents_shape(pipeline))
     latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     trajectory, log_probs = [latents], []
     for t, coefficients in zip(timesteps.to(device), table):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        latents, log_prob = (step or guided_step)(network, latents, t.expand(len(prompts)), coefficients, noise,
-                                                  prompt_embeds, negative_embeds, guidance_scale, dtype or network.dtype)
+        latents, log_prob = (step or guided_step)(network, latents, t.expand(len(prompts)), coefficients,
+                                                  noise, *embeds, guidance_scale, dtype)
         trajectory.append(latents)
         log_probs.append(log_prob)
         if on_step:
             on_step()
-    return Trajectories(torch.stack(trajectory, 1), torch.stack(log_probs, 1), timesteps, decode(pipeline, latents), list(prompts))
+    return Trajectories(torch.stack(trajectory, 1), torch.stack(log_probs, 1), timesteps,
+                        decode(pipeline, latents), list(prompts))
 
 
-def guided_step(network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale, dtype):
+def guided_step(network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds,
+                guidance_scale, dtype):
     """Predict, guide, step, score: (next_latents, log_prob (B,)). Nothing in it waits for the GPU."""
     output = predict(network, latents, timesteps, prompt_embeds, negative_embeds, dtype)
     return ddim_step(output, latents, coefficients, guidance_scale=guidance_scale, noise=noise)
@@ -303,22 +280,24 @@ def guided_step(network, latents, timesteps, coefficients, noise, prompt_embeds,
 
 def tensors_in(inputs):
     """The tensors of a list of tensors, dicts of tensors, and None."""
-    flat = [value for entry in inputs for value in (entry.values() if isinstance(entry, dict) else [entry])]
+    flat = [value for entry in inputs
+            for value in (entry.values() if isinstance(entry, dict) else [entry])]
     return [value for value in flat if value is not None]
 
 
 class GraphedStep:
-    """guided_step as one CUDA graph: a launch for the whole network and the step instead of one for each of its operations.
+    """guided_step as one CUDA graph: one launch instead of one for each operation of the network.
 
-    A graph replays on fixed addresses: inputs are copied into those that it was captured with, weights are read where they
-    are (so they may be trained in between, but not replaced), and a batch of another size has a graph of its own.
+    A graph replays on fixed addresses. Inputs are copied into those that it was captured with, weights
+    are read where they are (so they may be trained in between, but not replaced), and a batch of another
+    size has a graph of its own.
     """
 
     def __init__(self):
         self.graphs = {}
 
-    def __call__(self, network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds, guidance_scale,
-                 dtype):
+    def __call__(self, network, latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds,
+                 guidance_scale, dtype):
         inputs = [latents, timesteps, coefficients, noise, prompt_embeds, negative_embeds]
         key = (*(value.shape for value in tensors_in(inputs)), guidance_scale, dtype)
         if key not in self.graphs:
@@ -326,7 +305,7 @@ class GraphedStep:
                      else entry if entry is None else entry.clone() for entry in inputs]
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries choose and compile their kernels in the first calls
+            with torch.cuda.stream(aside):  # libraries choose their kernels in the first calls
                 for _ in range(3):
                     guided_step(network, *fixed, guidance_scale, dtype)
             torch.cuda.current_stream().wait_stream(aside)
@@ -400,7 +379,8 @@ def main(arguments=None):
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--batch", type=int, help="pictures drawn at once (default: the run's, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default 0)")
-    parser.add_argument("--resolution", type=int, help="pixels of a side (default: the run's, or the model's)")
+    parser.add_argument("--resolution", type=int, help="pixels of a side (default: the run's, or the "
+                        "model's)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the run's, or 10 for the "
                         "shipped models, 50 otherwise)")
     parser.add_argument("--guidance-scale", type=float, help="1 for none (default: the run's, or 4)")
@@ -428,7 +408,11 @@ def main(arguments=None):
         if args.lora and not getattr(denoiser(pipeline), "peft_config", None):
             base = [*denoiser(load()).parameters()]
             tuned = [p.clone() for p in denoiser(pipeline).parameters()]
-    except ValueError as error:
+        new = not Path(args.out).exists()
+        open(args.out, "ab").close()  # fails before the work, not after it
+        if new:
+            Path(args.out).unlink()
+    except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
 
     from tqdm import tqdm
@@ -441,17 +425,20 @@ def main(arguments=None):
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # a seed has a column
     batches = [jobs[i:i + run["sample_batch"]] for i in range(0, len(jobs), run["sample_batch"])]
     drawn, cache = {}, {}
-    with tqdm(total=len(batches) * len(labels) * steps, desc="sampling") as bar:
-        for scale, label in labels.items():
-            if scale is not None:
-                set_strength(pipeline, scale, base, tuned)
-            pictures = []
-            for batch in batches:
-                generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-                pictures.append(sample_trajectories(
-                    pipeline, [prompt for prompt, _ in batch], steps, run["guidance_scale"], eta, generators,
-                    dtype, bar.update, cache, sampler=sampler).images)
-            drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
+    try:
+        with tqdm(total=len(batches) * len(labels) * steps, desc="sampling") as bar:
+            for scale, label in labels.items():
+                if scale is not None:
+                    set_strength(pipeline, scale, base, tuned)
+                pictures = []
+                for batch in batches:
+                    generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+                    pictures.append(sample_trajectories(
+                        pipeline, [prompt for prompt, _ in batch], steps, run["guidance_scale"], eta,
+                        generators, dtype, bar.update, cache, sampler=sampler).images)
+                drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
+    except FloatingPointError as error:
+        parser.exit(1, f"{args.lora or run['model']}: {error} with --dtype {run['dtype']}\n")
     names = [label + prompt for prompt in prompts for label in labels.values()]
     titles = [f"seed {args.seed + i}" for i in range(args.images)]
     picture_grid([drawn[name] for name in names], names, titles).save(args.out)

@@ -157,7 +157,8 @@ def check(config):
     if config.seed >= 2**63:
         refuse(config, "seed", "must be below 2**63")
     check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"),
-                  optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"), sampler=tuple(ETAS))
+                  optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"),
+                  sampler=tuple(ETAS))
     if not 0 <= config.ema < 1:
         refuse(config, "ema", "must be 0 (none) or below 1")
     window = re.fullmatch(r"(\d+):(\d+)", config.window or f"0:{config.steps}")
@@ -276,7 +277,7 @@ def field_comments(config_class):
 
 
 def add_flags(parser, config_class):
-    """A flag for each field of a dataclass, with its comment as the help text, under the source's headings."""
+    """A flag for each field of a dataclass: its comment is the help text, under the source's headings."""
     defaults = {field.name: field.default for field in fields(config_class)}
     for heading, comments in field_comments(config_class):
         group = parser.add_argument_group(heading)
@@ -330,7 +331,8 @@ def resumed_config(run, given, config_class):
         if kind is float and type(value) is int and abs(value) < 2**53:
             settings[name] = float(value)
         elif type(value) is not kind:
-            raise ValueError(f"{run / 'config.json'}: {name} is {value!r:.80}; it must be of type {kind.__name__}")
+            raise ValueError(f"{run / 'config.json'}: {name} is {value!r:.80}; it must be of type "
+                             f"{kind.__name__}")
     config = config_class(**settings | given)
     config.out, config.name = os.path.relpath(run.parent), run.name
     return config

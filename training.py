@@ -36,8 +36,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from memory import estimate
-from models import (blocks, condition, denoiser, first_line, lora_targets, main_tokenizer, passes, schedule_inputs,
-                    text_encoders)
+from models import (blocks, condition, denoiser, first_line, lora_targets, main_tokenizer, passes,
+                    schedule_inputs, text_encoders)
 from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards,
@@ -139,17 +139,19 @@ def make_trainable(network, config):
         from peft import LoraConfig
 
         wanted = config.lora_targets or lora_targets(network)
-        targets, names = [target.strip() for target in wanted.split(",")], [name for name, _ in network.named_modules()]
+        targets = [target.strip() for target in wanted.split(",")]
+        names = [name for name, _ in network.named_modules() if name]
         for target in targets:  # peft is content when one of them is there
-            if not any(f".{name}".endswith(f".{target}") for name in names if name):
-                raise ValueError(f"--lora-targets {wanted}: no layer of the {type(network).__name__} is called {target!r}; "
-                                 f"choose such as {lora_targets(network)}")
+            if not any(f".{name}".endswith(f".{target}") for name in names):
+                raise ValueError(f"--lora-targets {wanted}: no layer of the {type(network).__name__} is "
+                                 f"called {target!r}; choose such as {lora_targets(network)}")
         torch.manual_seed(config.seed)  # the adapter starts the same on every process
         try:
-            network.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, init_lora_weights="gaussian",
-                                           target_modules=targets))
+            network.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
+                                           init_lora_weights="gaussian", target_modules=targets))
         except (ValueError, TypeError) as error:  # a layer that is neither linear nor a convolution
-            raise ValueError(f"--lora-targets {wanted}: {first_line(error)}; choose such as {lora_targets(network)}") from error
+            raise ValueError(f"--lora-targets {wanted}: {first_line(error)}; choose such as "
+                             f"{lora_targets(network)}") from error
     else:
         network.requires_grad_(True)
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -536,8 +538,9 @@ def time_row(run, clock, seconds_sample, seconds_reward):
 
 
 def training_inputs(run, prompts):
-    """(prompt_embeds, negative_embeds, guidance_scale) of a batch that is trained on, see models.condition."""
-    return condition(run.pipeline, prompts, run.config.guidance_scale, run.cache, run.config.train_guidance)
+    """(prompt_embeds, negative_embeds, guidance_scale) of a training batch, see models.condition."""
+    config = run.config
+    return condition(run.pipeline, prompts, config.guidance_scale, run.cache, config.train_guidance)
 
 
 def reference_output(run, *inputs):
@@ -674,19 +677,30 @@ def stop_signals(say):
 
     arrived, wake = os.pipe()
     os.set_blocking(wake, False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, lambda *_: None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored: as nohup has it
+            HANDLERS[number] = signal.signal(number, lambda *_: None)
     before = signal.set_wakeup_fd(wake)  # Python writes the number there at once
     threading.Thread(target=wait, daemon=True).start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore_signals(before)
         os.close(wake)  # the thread ends
+
+
+HANDLERS = {}  # signal number -> its handler before `stop_signals`
+
+
+def restore_signals(wakeup=-1):
+    if HANDLERS:
+        signal.set_wakeup_fd(wakeup)
+    while HANDLERS:
+        signal.signal(*HANDLERS.popitem())
+
+
+# a process that a reward forks may be stopped without stopping the run
+os.register_at_fork(after_in_child=restore_signals)
 
 
 def leave(message, code):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -20,8 +19,8 @@ import control
 import control_loop
 from control import reward_of
 from control_loop import gae, policy_table
-from control_policy import Denoiser, denoising_loss, fit, main, noise_schedule, sample_chain
-from control_worlds import (RADIUS, REACH, SCALE, SHAPE, clearance, copy_controller, demonstrate,
+from control_policy import Denoiser, denoising_loss, fit, noise_schedule, sample_chain
+from control_worlds import (RADIUS, SCALE, SHAPE, clearance, copy_controller, demonstrate,
                             draw_scenes, judge, make_envs, pendulum_controller, play)
 from ddpo import clip_range_for, is_loss
 from run_folder import load_checkpoint, read_metrics
@@ -308,11 +307,11 @@ def test_a_critic_fitted_to_a_known_chain_knows_it():
     seen, _, to_go, _ = copy_controller(config, make_envs(config), countdown)
     torch.manual_seed(0)
     critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
-    fit(critic, lambda _: (critic(seen)[:, 0] - to_go).square(), 400, seeded(0))
+    fit(critic, lambda _: (critic(seen)[:, 0] - to_go).square(), 3000, seeded(0), lr=1e-2)
     endless = seen[:, 1] <= 5  # where the time limit does not cut the episode
     with torch.no_grad():
         error = (critic(seen)[:, 0] - value(seen)).abs()[endless]
-    assert error.max() < 0.1
+    assert error.max() < 0.15  # values lie between 1 and 4.1
 
 
 def test_the_mediocre_controller_is_better_than_none_and_leaves_room():
@@ -325,11 +324,12 @@ def test_the_mediocre_controller_is_better_than_none_and_leaves_room():
 
 
 def test_ddpo_makes_plans_better_and_the_ratio_starts_at_exactly_1(tmp_path):
-    config = control.Config(out=str(tmp_path), lr=2e-3, **PLANS | dict(
-        epochs=12, scenes=32, group_size=8, batch=64, eval_every=99))
+    config = control.Config(out=str(tmp_path), **PLANS | dict(
+        epochs=40, lr=5e-4, scenes=32, group_size=8, batch=64, eval_every=99))
     rows = read_metrics(control.train(config) / "metrics.jsonl")
-    assert [row["ratio_error"] for row in rows[1:]] == [0.0] * 12
-    assert rows[-1]["reward_mean"] > rows[1]["reward_mean"] + rows[1]["reward_std"] / 2
+    assert [row["ratio_error"] for row in rows[1:]] == [0.0] * 40
+    first, last = ([row["reward_mean"] for row in part] for part in (rows[1:5], rows[-4:]))
+    assert min(last) > max(first)
     assert any(row["clip_fraction"] > 0 for row in rows[1:])
 
 
@@ -410,7 +410,7 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
     if arguments[0] != "--resume":
         arguments += ["--out", str(tmp_path / "runs")]
     with pytest.raises(SystemExit) as stop:
-        main(arguments, script)
+        script.main(arguments)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "runs").exists()
@@ -423,7 +423,7 @@ def countless(observations, generator):
 def test_a_run_does_not_write_over_another_and_says_how_to_go_on(tmp_path, capsys):
     (tmp_path / "control").mkdir()
     with pytest.raises(SystemExit) as stop:
-        main(["--out", str(tmp_path)], control)
+        control.main(["--out", str(tmp_path)])
     assert stop.value.code == 2 and f"--resume {tmp_path / 'control'}" in capsys.readouterr().err
 
 
@@ -431,12 +431,12 @@ def test_a_gradient_that_explodes_is_named_with_the_learning_rate(tmp_path, caps
     settings = [word for key, value in (PLANS | {"lr": 1e30}).items()
                 for word in ("--" + key.replace("_", "-"), str(value))]
     with pytest.raises(SystemExit) as stop:
-        main(["--out", str(tmp_path), *settings], control)
+        control.main(["--out", str(tmp_path), *settings])
     assert "learning rate below 1e+30" in str(stop.value.code)
 
 
 def test_without_gymnasium_one_sentence_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(SystemExit) as stop:
-        main(["--task", "Pendulum-v1", "--out", str(tmp_path)], control_loop)
+        control_loop.main(["--task", "Pendulum-v1", "--out", str(tmp_path)])
     assert stop.value.code == 2 and "pip install gymnasium" in capsys.readouterr().err

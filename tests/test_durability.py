@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ddpo
 import experiments
@@ -368,7 +370,7 @@ def forked(function):
         return pid
     code = 99
     try:
-        code = function()
+        code = function() or 0
     finally:
         os._exit(code)
 
@@ -482,6 +484,27 @@ def test_pictures_that_are_not_finite_are_no_pictures(model, part):
         sample.sample_trajectories(pipeline, ["a cat"], 2, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_an_adapter_that_is_broken_is_refused_by_the_sampler(run, tmp_path, capsys, value):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    path = folder / "pytorch_lora_weights.safetensors"
+    save_file({key: torch.full_like(tensor, value) for key, tensor in load_file(path).items()}, path)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--lora", str(folder), "--prompt", "a cat", "--images", "1", "--device", "cpu",
+                     "--out", str(tmp_path / "cat.png")])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and re.fullmatch(r"--[^\n]*lora [^\n]* not finite[^\n]*", error)
+    assert not (tmp_path / "cat.png").exists()
+
+
+def test_the_sampler_tries_its_output_before_it_works(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "sample_trajectories", lambda *_, **__: pytest.fail("it has sampled"))
+    (tmp_path / "cat.png").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--lora", str(run), "--device", "cpu", "--out", str(tmp_path / "cat.png")])
+    assert stop.value.code == 2 and "cat.png" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_finite_are_not_logged(model, tmp_path):
     run = ddpo.prepare(Config(model=model, out=str(tmp_path), name="weights", **SMALL))
     run.parameters[-1].data.view(-1)[0] = float("inf")
@@ -555,6 +578,20 @@ def test_what_an_epoch_needs_no_more_is_let_go(run, model, tmp_path):
     training.close(again)
 
 
+def test_an_epochs_trajectories_are_let_go_before_the_next_epochs_are_sampled(model, tmp_path, monkeypatch):
+    collect, held, alive = training.collect, [], []
+
+    def collecting(*arguments):
+        alive.extend(reference() is not None for reference in held)
+        collected = collect(*arguments)
+        held.append(weakref.ref(collected[1].latents))
+        return collected
+
+    monkeypatch.setattr(ddpo, "collect", collecting)
+    ddpo.train(Config(model=model, out=str(tmp_path), name="run", **SMALL | dict(epochs=2)))
+    assert alive == [False]
+
+
 def test_compiled_blocks_have_room_for_each_batch_and_what_stays_eager_is_said(model, tmp_path, capsys):
     from torch._dynamo import config as dynamo, utils
 
@@ -616,6 +653,21 @@ def test_a_signal_ends_a_process_also_in_a_callback_that_swallows_exceptions():
         assert os.read(heard, 1) == b"r"
         os.kill(pid, number)
         assert ended(pid) == 130 and os.read(heard, 1) == bytes([number])
+
+
+def test_a_process_that_a_reward_forks_is_stopped_alone():
+    def main():
+        with training.stop_signals(lambda number: os.write(told, b"the run is stopped")):
+            worker = forked(lambda: os.write(told, b"ready") and time.sleep(60))
+            assert os.read(heard, 5) == b"ready"
+            os.kill(worker, signal.SIGTERM)
+            code = ended(worker)
+            time.sleep(0.5)
+        os.write(told, str(code).encode())
+
+    heard, told = os.pipe()
+    ended(forked(main))
+    assert os.read(heard, 100) == str(-signal.SIGTERM).encode()
 
 
 FAILING = """

@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+import reward_files
 import rewards
-from rewards import RewardError, check_rewards, get_reward, jpeg_kilobytes, parse_reward
+from reward_files import check_rewards
+from rewards import RewardError, get_reward, jpeg_kilobytes, parse_reward
 
 PROMPTS = ["a cat", "a dog", "an ant", "a fox"]
 
@@ -427,7 +429,7 @@ def mine(images, prompts):
 
 
 def test_a_reward_that_keeps_one_waiting_says_so_once_a_call(images, my_file, monkeypatch, capsys):
-    monkeypatch.setattr(rewards, "PATIENCE", 0.2)
+    monkeypatch.setattr(reward_files, "PATIENCE", 0.2)
     path = my_file("import time\ndef mine(images, prompts):\n    time.sleep(0.7)\n"
                    "    return [1.0] * len(images)")
     reward = get_reward(f"{path}:mine")

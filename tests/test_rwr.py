@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
-import ddpo
 import rwr
 from run_folder import load_checkpoint, read_metrics
 from rwr import Config, denoising_loss, exp_weights, sparse_weights, weigh

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from PIL import Image
 
@@ -150,12 +150,29 @@ def test_sampling_without_noise_agrees_with_diffusers_own_pipeline(pipeline):
     assert ((theirs * 255).round() - ours).abs().max() <= 2
 
 
-def test_the_model_card_s_example_runs_in_plain_diffusers(monkeypatch):
+@pytest.mark.parametrize("model", ["emoji", "emoji-flow"])
+def test_the_model_card_s_example_runs_in_plain_diffusers(model, monkeypatch):
+    if model == "emoji-flow":
+        pytest.importorskip("diffusers", minversion="0.35", reason="its pipeline takes no flow scheduler")
     monkeypatch.chdir(ROOT)
-    code = re.search(r"```python\n(.*?)```", Path("models/emoji/README.md").read_text(), re.S)[1]
+    code = re.search(r"```python\n(.*?)```", Path(f"models/{model}/README.md").read_text(), re.S)[1]
     names = {}
     exec(code.replace("StableDiffusionPipeline.from", "picture = StableDiffusionPipeline.from"), names)
     assert names["picture"].size == (64, 64)
+
+
+def test_the_flow_model_draws_what_the_plain_pipeline_draws():
+    pytest.importorskip("diffusers", minversion="0.35", reason="its pipeline takes no flow scheduler")
+    ours = load_pipeline("models/emoji-flow", "cpu")
+    plain = StableDiffusionPipeline.from_pretrained(ROOT / "models/emoji-flow", safety_checker=None,
+                                                    torch_dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    theirs = plain("a frog", num_inference_steps=10, guidance_scale=4.0, latents=noise,
+                   output_type="latent").images
+    generator = torch.Generator().manual_seed(3)
+    drawn = sample_trajectories(ours, ["a frog"], 10, 4.0, 0.0, generator=generator).latents[:, -1]
+    torch.testing.assert_close(drawn, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model, names", [

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*_*.md"), key=lambda path: int(path.stem.partition("_")[0]))
+TUTORIALS = sorted((ROOT / "tutorials").glob("[0-9]*_*.md"),
+                   key=lambda path: int(path.stem.partition("_")[0]))
 FENCE = re.compile(r"^```(\w*)(?: (\d+)%)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
@@ -180,7 +181,8 @@ return -advantages * log_prob
     ("```python\nx = 1\n```\n\n```python\ndef f():\n    return y\n\nf()\n```\n", r":7: NameError"),
     ("```python\nx = 1\nx x\n```\n", r":3: SyntaxError"),
     ("```python\nprint(1)\n```\nwords\n```text\n1\n```\n", r":6: a text block that does not follow"),
-    ("\n```py\n# from ddpo.py\ndef sf_loss(another):\n```\n", r":4: this excerpt is not, or no longer, in ddpo.py"),
+    ("\n```py\n# from ddpo.py\ndef sf_loss(another):\n```\n",
+     r":4: this excerpt is not, or no longer, in ddpo.py"),
     ("```py\nx = 1\n```\n", r":2: 'x = 1': must be"),
     ("```py\n# from nowhere.py\nx = 1\n```\n", r":2: '# from nowhere.py': must be"),
     ("# T\n\nSee ![it](figures/none.png).\n", r":3: figures/none.png: no such file"),

@@ -212,7 +212,7 @@ def watch_it_hack_the_reward(n):
     figure, axes = plt.subplots(1, 5, figsize=(15, 2.7), gridspec_kw=widths)
     epochs = [row["epoch"] for row in rows]
     axes[0].axvline(n["kept"]["epoch"], color="0.6", ls=":")
-    axes[0].text(n["kept"]["epoch"] + 1, -2.9, "the guard\nkeeps this", color="0.35", fontsize=10)
+    axes[0].text(n["kept"]["epoch"] + 1, -2.9, "the guard\nsaves this", color="0.35", fontsize=10)
     curves = {
         "eval_reward": ("proxy", BLUE),
         "truth": ("truth", ORANGE),
@@ -232,8 +232,8 @@ def watch_it_hack_the_reward(n):
     save("5_goodhart.png")
 
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
-    brakes = {
-        "none": dict(label="no brake", color="black", marker="o"),
+    preventions = {
+        "none": dict(label="no prevention", color="black", marker="o"),
         "kl 0.1": dict(label="KL 0.1", color="#8ecfb4", marker="o"),
         "kl 0.4": dict(label="KL 0.4", color=GREEN, marker="o"),
         "kl 1": dict(label="KL 1", color="#14513a", marker="o"),
@@ -244,12 +244,12 @@ def watch_it_hack_the_reward(n):
         points = [(row["eval_reward"], row["truth"]) for row in rows]
         axis.plot(*zip(*points), *marker, **style)
 
-    for name, style in brakes.items():
+    for name, style in preventions.items():
         plot(n["runs"][name][0], **{"ms": 4.5, "lw": 1.3} | style)
     plot(n["strengths"][:2], "x", ms=10, mew=2.5, color=ORANGE, zorder=4,
-         label="no brake, at strength ¼ and ½")
+         label="no prevention, at strength ¼ and ½")
     plot([n["kept"]], "*", ms=19, color="gold", mec="black", zorder=5,
-         label="no brake, at the guard")
+         label="no prevention, at the guard")
     axis.set(xlabel="proxy (trained on)", ylabel="truth (wished for)",
              xlim=(-0.1, 2.5), ylim=(-0.75, 0.8))
     axis.legend(loc=(0.27, 0.02), fontsize=10)
