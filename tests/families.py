@@ -65,7 +65,8 @@ def sd3(with_t5=True):
     tokenizer_3, text_encoder_3 = t5() if with_t5 else (None, None)
     decoder = vae(16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
     return StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), decoder, clip(tokenizer), tokenizer, clip(tokenizer), tokenizer, text_encoder_3, tokenizer_3)
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), decoder, clip(tokenizer),
+        tokenizer, clip(tokenizer), tokenizer, text_encoder_3, tokenizer_3)
 
 
 def flux(guidance_embeds=True):

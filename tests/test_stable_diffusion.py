@@ -39,7 +39,8 @@ def weights(folder):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_both_predictions_train_and_begin_with_a_ratio_of_one(model, tmp_path, lora_rank, dtype):
-    folder = ddpo.train(Config(model=model, out=str(tmp_path), **SMALL | dict(lora_rank=lora_rank, dtype=dtype)))
+    settings = SMALL | dict(lora_rank=lora_rank, dtype=dtype)
+    folder = ddpo.train(Config(model=model, out=str(tmp_path), **settings))
     row = read_metrics(folder / "metrics.jsonl")[-1]
     assert row["ratio_error"] == 0.0 and row["grad_norm"] > 0
 
@@ -97,7 +98,8 @@ LAYERS = ["to_q", "proj_in", "proj_out", "conv_in", "conv_out", "conv1", "conv2"
 
 
 @pytest.mark.parametrize("targets", [",".join(LAYERS), "to_k,conv_in", "conv_out,to_v", "proj_in"])
-def test_an_adapter_on_any_layer_comes_back_whole_in_plain_diffusers_and_here(epsilon_model, tmp_path, targets):
+def test_an_adapter_on_any_layer_comes_back_whole_in_plain_diffusers_and_here(
+        epsilon_model, tmp_path, targets):
     pipeline, config = load_pipeline(epsilon_model, "cpu"), Config(lora_rank=3, lora_targets=targets)
     parameters = make_trainable(pipeline.unet, config)
     with torch.no_grad():
@@ -208,7 +210,8 @@ def test_a_folder_with_a_hole_or_with_code_is_one_line_and_nothing_runs(
 
 
 @pytest.mark.parametrize("settings", [
-    dict(time_cond_proj_dim=16), dict(class_embed_type="timestep"), dict(num_class_embeds=3), dict(in_channels=9),
+    dict(time_cond_proj_dim=16), dict(class_embed_type="timestep"), dict(num_class_embeds=3),
+    dict(in_channels=9),
     dict(out_channels=8), dict(addition_embed_type="text", addition_embed_type_num_heads=4),
     dict(attention_type="gated"),
     dict(cross_attention_dim=48)])
@@ -234,7 +237,8 @@ def test_a_folder_of_one_variant_is_loaded_and_a_null_size_is_given_by_resolutio
 
 def test_a_folder_of_ones_own_called_emoji_is_not_the_shipped_model(epsilon_model, tmp_path, monkeypatch):
     shutil.copytree(epsilon_model, tmp_path / "models/emoji")
-    assert is_emoji("models/emoji") and is_emoji(ROOT / "models/emoji") and not is_emoji(tmp_path / "models/emoji")
+    assert is_emoji("models/emoji") and is_emoji(ROOT / "models/emoji")
+    assert not is_emoji(tmp_path / "models/emoji")
     (tmp_path / "link").symlink_to(ROOT / "models/emoji")
     assert is_emoji(tmp_path / "link") and not is_emoji("someone/emoji")
     monkeypatch.chdir(tmp_path)
@@ -245,13 +249,15 @@ def test_a_folder_of_ones_own_called_emoji_is_not_the_shipped_model(epsilon_mode
 
 def inputs(run, batch=3):
     torch.manual_seed(1)
-    return (torch.randn(batch, 4, 8, 8), torch.tensor([1, 500, 900]), encode_prompts(run.pipeline, ["a cat"] * batch),
-            encode_prompts(run.pipeline, [""]))
+    return (torch.randn(batch, 4, 8, 8), torch.tensor([1, 500, 900]),
+            encode_prompts(run.pipeline, ["a cat"] * batch), encode_prompts(run.pipeline, [""]))
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_the_divergence_is_zero_at_the_base_model_and_positive_away_from_it(epsilon_model, tmp_path, lora_rank):
-    run = ddpo.prepare(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(lora_rank=lora_rank, kl=1.0)))
+def test_the_divergence_is_zero_at_the_base_model_and_positive_away_from_it(
+        epsilon_model, tmp_path, lora_rank):
+    settings = SMALL | dict(lora_rank=lora_rank, kl=1.0)
+    run = ddpo.prepare(Config(model=epsilon_model, out=str(tmp_path), **settings))
     output, reference = predict(run.pipeline.unet, *inputs(run)), reference_output(run, *inputs(run))
     assert kl_loss(output, reference, 4.0).tolist() == [0, 0, 0]
     with torch.no_grad():
@@ -272,7 +278,8 @@ def test_a_divergence_weight_holds_the_model_back(epsilon_model, tmp_path):
         folder = ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}",
                                    **SMALL | dict(epochs=3, updates=4, kl=kl)))
         settings = SMALL | dict(epochs=3, updates=4, kl=kl or 1.0)
-        run = ddpo.prepare(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}", **settings), resume=True)
+        config = Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}", **settings)
+        run = ddpo.prepare(config, resume=True)
         outputs = predict(run.pipeline.unet, *inputs(run)), reference_output(run, *inputs(run))
         moved.append(kl_loss(*outputs, 4.0).mean().item())
     assert ("kl" in read_metrics(folder / "metrics.jsonl")[-1]) and moved[1] < 0.5 * moved[0]
@@ -291,7 +298,8 @@ def test_the_divergence_joins_the_fused_kernels_gradient(epsilon_model, tmp_path
 
 
 def test_outside_the_window_steps_are_deterministic_and_are_no_actions(epsilon_model, tmp_path):
-    config = ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **SMALL | dict(steps=10, window="2:5")))
+    settings = SMALL | dict(steps=10, window="2:5")
+    config = ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **settings))
     assert step_etas(config.steps, config.eta, config.window).tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
     run = start(config)
     table, policy_steps, trained_steps, _ = ddpo.epoch_steps(run, 1)
