@@ -10,6 +10,8 @@ makes; an epoch's latents and embeddings; decoding; the rewards' networks. Not c
 stands for it), and holes between allocations.
 """
 
+import functools
+import math
 import sys
 
 import models  # first: it quiets the libraries
@@ -17,6 +19,9 @@ import models  # first: it quiets the libraries
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rewards import parse_reward
+from settings import PRESETS, watched
 
 GB = 1e9
 CONTEXT = 0.7 * GB
@@ -70,112 +75,118 @@ def as_fake(network):
 
 
 def activations(network, inputs, dtype, checkpointing):
-    """(bytes that a forward pass keeps for the backward, largest single output in bytes). network: of fake tensors."""
+    """Bytes that a forward pass keeps for the backward pass. network, inputs: of fake tensors; inputs: those of predict."""
     weights = storages(*network.parameters(), *network.buffers())
-    kept, largest, alive = {}, [0, 0], []
+    kept, alive, largest = {}, [], 0  # alive: or another tensor would get the identity of one that is gone
 
-    def keep(tensor):
-        alive.append(tensor)  # or another storage would get its identity
-        kept.update(storages(tensor))
+    def keep(into, tensor):
+        alive.append(tensor)
+        into.update(storages(tensor))
         return tensor
 
-    def checkpointed(block, *args):  # in place of torch.utils.checkpoint: keeps inputs, makes the inside anew
+    def checkpointed(block, *args):  # in place of torch.utils.checkpoint, which keeps inputs and makes the inside anew
+        nonlocal largest
         for value in args:
-            if isinstance(value, torch.Tensor):
-                keep(value)
+            keep(kept, value)
         inside = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: alive.append(t) or inside.update(storages(t)) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(functools.partial(keep, inside), lambda t: t):
             output = block(*args)
-        largest[1] = max(largest[1], sum(inside.values()))
+        largest = max(largest, sum(inside.values()))
         return output
-
-    def measure(module, args, output):
-        largest[0] = max([largest[0], *storages(output).values()])
 
     if checkpointing:
         network.enable_gradient_checkpointing(checkpointed)
         network.train()
-    hooks = [module.register_forward_hook(measure) for module in network.modules()]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(functools.partial(keep, kept), lambda t: t):
         models.predict(network, *inputs, dtype)
-    for hook in hooks:
-        hook.remove()
-    return sum(size for key, size in kept.items() if key not in weights) + largest[1], largest[0]
+    return sum(size for key, size in kept.items() if key not in weights) + largest
 
 
-def peak_memory(config, world=1):
-    """{what: bytes} of a process of a run of one of the presets' models, and under "peak" the most at one time."""
-    from training import make_trainable
-
+def preset_facts(config):
+    """What `peak_memory` has to know of a model that is not loaded: one of NETWORKS."""
     facts = dict(NETWORKS[config.model])
     kind, readers, tokens = (facts.pop(name) for name in ("network", "readers", "tokens"))
-    dtype, whole = models.DTYPES[config.dtype or "bf16"], not config.lora_rank
-    width = 4 if whole or dtype == torch.float32 else 2
     channels = facts.get("in_channels", 4) if kind is not FluxTransformer2DModel else 16
-    side = (config.resolution or 8 * facts.get("sample_size", models.FLUX_SIZE)) // 8
-    passes = 2 if config.guidance_scale > 1 and kind is not FluxTransformer2DModel else 1
+    side = config.resolution // 8 or facts.get("sample_size", models.FLUX_SIZE)
+    shapes = {"encoder_hidden_states": (tokens, facts.get("cross_attention_dim") or 4096)}
+    if kind is not UNet2DConditionModel:
+        shapes["pooled_projections"] = (facts.get("pooled_projection_dim", 768),)
+    elif "addition_embed_type" in facts:
+        shapes |= {"text_embeds": (1280,), "time_ids": (6,)}
+    vae = AutoencoderKL, VAE | {"latent_channels": channels}
+    return (kind, facts), vae, readers, shapes, (channels, side, side)
+
+
+def pipeline_facts(pipeline):
+    """The same of a pipeline that is loaded."""
+    network, embeds = models.denoiser(pipeline), models.encode_prompts(pipeline, [""])
+    embeds = embeds if isinstance(embeds, dict) else {"encoder_hidden_states": embeds}
+    readers = sum(p.numel() for encoder in models.text_encoders(pipeline) for p in encoder.parameters())
+    shapes = {key: tuple(value.shape[1:]) for key, value in embeds.items()}
+    return ((type(network), network.config), (type(pipeline.vae), pipeline.vae.config), readers, shapes,
+            models.latents_shape(pipeline))
+
+
+def peak_memory(config, world=1, pipeline=None):
+    """{what: bytes} of one of the `world` processes of a run, and under "peak" the most at one time.
+
+    pipeline: as load_pipeline gives it; without one, config.model is one of NETWORKS."""
+    from training import make_trainable
+
+    facts = preset_facts(config) if pipeline is None else pipeline_facts(pipeline)
+    (kind, network), (vae_kind, vae), readers, shapes, latents_shape = facts
+    dtype, whole, is_flux = models.DTYPES[config.dtype or "bf16"], not config.lora_rank, kind is FluxTransformer2DModel
+    width = 4 if whole or dtype == torch.float32 else 2  # bytes of a weight that is not trained
     with torch.device("meta"):
-        network = kind(**facts).to(torch.float32 if whole else dtype).requires_grad_(False)
-        frozen = sum(p.numel() for p in network.parameters())
+        network, vae = kind.from_config(network), vae_kind.from_config(vae)
+        network.to(torch.float32 if whole else dtype).requires_grad_(False)
+        total = sum(p.numel() for p in network.parameters())
         trained = sum(p.numel() for p in make_trainable(network, config))
-        vae = AutoencoderKL(**VAE, latent_channels=channels)
+    decoder = 4 * sum(p.numel() for p in vae.parameters())
+    rows = config.train_batch * (2 if config.guidance_scale > 1 and config.train_guidance and not is_flux else 1)
     with FakeTensorMode():
         as_fake(network), as_fake(vae)
-        embeds = {"encoder_hidden_states": torch.zeros(1, tokens, facts.get("cross_attention_dim") or 4096)}
-        if kind is not UNet2DConditionModel:
-            embeds["pooled_projections"] = torch.zeros(1, network.config.pooled_projection_dim)
-        elif facts.get("addition_embed_type"):
-            embeds |= {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
-        stored = sum(value.numel() * width for value in embeds.values())  # of one prompt
-        if kind is FluxTransformer2DModel:
-            embeds["guidance"] = torch.zeros(1)
-        rows = config.train_batch * (passes if config.train_guidance else 1)
-        inputs = (torch.zeros(rows, channels, side, side), torch.zeros(rows),
-                  {key: value.expand(rows, *value.shape[1:]) for key, value in embeds.items()}, None)
-        kept, _ = activations(network, inputs, dtype, config.gradient_checkpointing)
+        embeds = {key: torch.zeros(rows, *shape) for key, shape in shapes.items()}
+        if is_flux and network.config.guidance_embeds:
+            embeds["guidance"] = torch.zeros(rows)
+        inputs = torch.zeros(rows, *latents_shape), torch.zeros(rows), embeds, None
+        kept = activations(network, inputs, dtype, config.gradient_checkpointing)
+        largest = []
+        for module in vae.decoder.modules():
+            module.register_forward_hook(lambda _, __, output: largest.extend(storages(output).values()))
         with torch.no_grad():
-            latents = torch.zeros(min(8, config.sample_batch), channels, side, side)
-            outputs = []
-            for module in vae.decoder.modules():
-                module.register_forward_hook(lambda _, __, output: outputs.extend(storages(output).values()))
-            vae.decoder(latents)
+            vae.decoder(torch.zeros(min(8, config.sample_batch), *latents_shape))
+    latents = 0 if config.offload else config.images // world * (config.steps + 1) * math.prod(latents_shape) * 4
+    prompts = min(config.images, 400) * width * sum(math.prod(shape) for shape in shapes.values())
     moments = 2 if config.optimizer == "adamw8bit" else 8
     parts = {
-        "weights": frozen * (4 if whole else width) + (0 if config.offload else readers * width + 84e6 * 4),
-        "training": trained * (4 + moments + (4 if config.ema else 0) + (0 if whole else 4))
-        + (frozen * 4 if whole and getattr(config, "kl", 0) else 0),
-        "activations": kept,
-        "trajectories": (0 if config.offload else config.images // world * (config.steps + 1) * channels * side**2 * 4)
-        + min(config.images, 400) * stored,
-        "decoding": 3 * max(outputs) + (84e6 * 4 if config.offload else 0),  # input, output and workspace of the largest layer
-        "rewards": GB * sum(REWARDS.get(name.partition("=")[0], 0) for name in [*config_rewards(config)]),
+        "weights": total * width + (0 if config.offload else readers * width + decoder),
+        "training": trained * (4 + moments + (4 if config.ema else 0) + (0 if whole else 4))  # 4: the gradient
+        + (total * 4 if whole and getattr(config, "kl", 0) else 0),
+        "activations": kept, "latents and embeddings": latents + prompts,
+        "decoding": 3 * max(largest) + (decoder if config.offload else 0),  # a layer's input, output, workspace
+        "rewards": GB * sum(REWARDS.get(name.partition("=")[0], 0)
+                            for name in [*parse_reward(config.reward), *watched(config)]),
         "CUDA": CONTEXT}
-    parts["peak"] = sum(parts.values()) - min(parts["activations"], parts["decoding"])  # not at the same time
-    return parts
+    return parts | {"peak": sum(parts.values()) - min(parts["activations"], parts["decoding"])}  # not both at once
 
 
-def config_rewards(config):
-    from rewards import parse_reward
-    from settings import watched
-
-    return [*parse_reward(config.reward), *watched(config)]
-
-
-def line(name, config, parts):
-    peak, whole = parts["peak"] / GB, {key: value for key, value in parts.items() if key != "peak"}
-    return f"{name}: {peak:.1f} GB ({', '.join(f'{key} {value / GB:.1f}' for key, value in whole.items())})"
+def estimate(config, world=1, pipeline=None):
+    """One line for people."""
+    parts = peak_memory(config, world, pipeline)
+    shown = ", ".join(f"{key} {value / GB:.1f}" for key, value in parts.items() if key != "peak" and value > 5e7)
+    return f"about {parts['peak'] / GB:.0f} GB of a GPU's memory on each process ({shown})"
 
 
 def main(arguments=None):
     import ddpo
-    from settings import PRESETS
 
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = [[]] if "--preset" in arguments else [["--preset", name] for name in PRESETS if name != "emoji"]
     for preset in chosen:
         config, _ = ddpo.parse_config([*preset, *arguments])
         world = 8 if config.preset.endswith("8gpu") else 1
-        print(line(config.preset, config, peak_memory(config, world)), flush=True)
+        print(f"{config.preset}: {estimate(config, world)}", flush=True)
 
 
 if __name__ == "__main__":

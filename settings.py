@@ -105,7 +105,7 @@ PAPER = dict(
 SMALLER = PAPER | dict(steps=20, images=64, advantages="group", group_size=4, timestep_fraction=0.5,
                        sample_batch=4)
 # The same for larger models; the flow-matching ones with 10 steps, 512 pixels and the sampler of Flow-GRPO.
-SDXL = SMALLER | dict(model="stabilityai/stable-diffusion-xl-base-1.0", sample_batch=2, train_batch=1,
+SDXL = SMALLER | dict(model="stabilityai/stable-diffusion-xl-base-1.0", sample_batch=2, train_batch=2,
                       gradient_checkpointing=True, offload=True)
 SD35 = SMALLER | dict(model="stabilityai/stable-diffusion-3.5-medium", steps=10, resolution=512, sampler="flow",
                       guidance_scale=4.5, lora_rank=32, train_batch=2, gradient_checkpointing=True, offload=True)

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from memory import estimate
 from models import (blocks, condition, denoiser, first_line, lora_targets, main_tokenizer, passes,
                     schedule_inputs, text_encoders)
 from processes import RunStopped, gather, seeded, sum_gradients
@@ -161,6 +162,8 @@ def set_up(config, folder, resume, reference):
     notice = cut_notice(main_tokenizer(pipeline), prompts)
     if notice and rank == 0:
         print(notice, file=sys.stderr)
+    if device.type == "cuda" and rank == 0:
+        print(estimate(config, world, pipeline), flush=True)
     network = denoiser(pipeline)
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler,
                                   **schedule_inputs(pipeline, config.steps))
