@@ -22,7 +22,7 @@ ALGORITHMS = {
     "AWM": "forward.py --loss awm",
     "NFT-no-reward": "forward.py --advantages zero",  # its control: nothing moves
 }
-CLIP_LR = {"ddpo.py": "1.5e-4", "rwr.py": "4e-5", "forward.py": "2e-4"}  # others: the default
+CLIP_LR = {"ddpo.py": "1.5e-4", "rwr.py": "4e-5", "forward.py": "1e-4"}  # others: the default
 HELD_OUT = {  # the prompts that a reward is trained on, then others
     "compress": ["animals", "animals_held_out", "objects"],
     "clip": ["pairs", "animal_objects", "animal_objects_held_out"],

@@ -32,10 +32,11 @@ from ddpo import is_loss, kl_loss, mixed_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
 from models import denoiser
+from processes import command_line, gather, reduce, seeded
 from sample import noised, predict
 from settings import Settings, above_zero, at_least, check_choices, refuse
-from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce,
-                      reference_output, reward_row, seeded, shard, start, time_row, training_inputs, using)
+from training import (apply_gradients, collect, describe, progress_bar, reference_output, reward_row,
+                      shard, start, time_row, training_inputs, using)
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Config(Settings):
 
     # forward process
     loss: str = "nft"  # nft (DiffusionNFT), awm (advantage weighted matching)
-    beta: float = 0.2  # of the trust region; smaller is faster and less stable
+    beta: float = 0.0  # of the trust region; smaller is faster and less stable (0: 0.2 of nft, 0.5 of awm)
     weighting: str = "adaptive"  # of the timesteps: adaptive, or none, see matching_error
     clip_range: float = 1.0  # of awm's ratio; as published so wide that it seldom acts
     advantages: str = "group"  # group (the pictures of one prompt in an epoch), zero: the control
@@ -102,12 +103,13 @@ def old_decay(updates, flat, rise, ceiling):
 def check(config):
     """Fills in the settings that follow from others. Raises ValueError, one line, if they cannot work."""
     check_choices(config, loss=("nft", "awm"), weighting=("none", "adaptive"), advantages=("group", "zero"))
-    above_zero(config, "beta", "clip_range", "advantage_clip")
-    at_least(config, 0, "kl", "old_flat", "old_rise", "old_ceiling")
+    above_zero(config, "clip_range", "advantage_clip")
+    at_least(config, 0, "beta", "kl", "old_flat", "old_rise", "old_ceiling")
     if not config.old_ceiling < 1:
         refuse(config, "old_ceiling", "must be below 1, where v_old would stand still")
     if config.group_size < 2:
         refuse(config, "group_size", "a group needs at least 2 pictures to compare")
+    config.beta = config.beta or {"nft": 0.2, "awm": 0.5}[config.loss]  # awm's must exceed most |2r − 1|
     suffix = "" if config.name else f"-{config.loss}"
     config = settings.check(config)
     config.name += suffix  # beside the runs of ddpo.py

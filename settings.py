@@ -99,17 +99,30 @@ class Settings:
 PAPER = dict(
     model="stable-diffusion-v1-5/stable-diffusion-v1-5", epochs=100, images=256, sample_batch=8,
     steps=50, guidance_scale=5.0, advantages="prompt", group_size=1, train_first=1.0, warmup=0, ema=0.0,
-    train_batch=8, lora_rank=4, eval_every=10, eval_images=16, checkpoint_every=5, watch="",
+    train_batch=4, lora_rank=4, eval_every=10, eval_images=16, checkpoint_every=5, watch="",
 )
 # A sixteenth of the paper's work an epoch: groups, 20 steps, half of them trained.
 SMALLER = PAPER | dict(steps=20, images=64, advantages="group", group_size=4, timestep_fraction=0.5,
                        sample_batch=4)
+# The same for larger models; the flow-matching ones with 10 steps, 512 pixels and the sampler of Flow-GRPO.
+SDXL = SMALLER | dict(model="stabilityai/stable-diffusion-xl-base-1.0", sample_batch=2, train_batch=2,
+                      gradient_checkpointing=True, offload=True)
+SD35 = SMALLER | dict(model="stabilityai/stable-diffusion-3.5-medium", steps=10, resolution=512, sampler="flow",
+                      guidance_scale=4.5, lora_rank=32, train_batch=2, gradient_checkpointing=True, offload=True)
+FLUX = SD35 | dict(model="black-forest-labs/FLUX.1-dev", guidance_scale=3.5, train_batch=4, offload=False)
+# What a process of each needs of its GPU: `python memory.py`
 PRESETS = {
     "emoji": {},
-    "sd15": PAPER,  # one GPU with 24 GB or more, for as long as it takes
+    "sd15": PAPER,  # for as long as it takes
     "sd15-24gb": SMALLER | dict(train_batch=4),
     "sd15-10gb": SMALLER | dict(sample_batch=2, train_batch=1, gradient_checkpointing=True, offload=True),
-    "sd15-8gpu": PAPER | dict(sample_batch=16, train_batch=4),  # torchrun: 32 pictures on each of 8
+    "sd15-8gpu": PAPER | dict(sample_batch=16),  # torchrun: 32 pictures on each of 8
+    "sdxl-24gb": SDXL,
+    "sdxl-24gb-8gpu": SDXL | dict(images=256),
+    "sd35-medium-24gb": SD35,
+    "sd35-medium-24gb-8gpu": SD35 | dict(images=256),
+    "flux-dev-80gb": FLUX,
+    "flux-dev-80gb-8gpu": FLUX | dict(images=256),
 }
 PAPER_PROMPTS = {"compress": "imagenet_animals", "incompress": "imagenet_animals",
                  "align": "animal_activities"}  # for other rewards: animals

@@ -25,7 +25,7 @@ from control_worlds import (RADIUS, SCALE, SHAPE, clearance, copy_controller, de
 from ddpo import clip_range_for, is_loss
 from run_folder import load_checkpoint, read_metrics
 from sample import ddim_step, ddim_table
-from training import seeded
+from processes import seeded
 
 ROOT = Path(__file__).parents[1]
 PLANS = dict(pretrain=20, epochs=3, scenes=4, group_size=4, batch=8, steps=4, eval_every=2,

@@ -304,7 +304,7 @@ def test_mixtures_adapters_and_other_families_train_too(tmp_path, kind, settings
     (["--loss", "ddpo"], "nft, awm"),
     (["--weighting", "equal"], "none, adaptive"),
     (["--advantages", "prompt"], "group, zero"),
-    (["--beta", "0"], "--beta 0"),
+    (["--beta", "-0.1"], "--beta"),
     (["--beta", "nan"], "--beta nan"),
     (["--clip-range", "-1"], "--clip-range"),
     (["--kl", "-1"], "--kl"),

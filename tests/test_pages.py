@@ -34,6 +34,13 @@ def test_the_readme_lists_every_tutorial_in_its_order():
     assert all(file.startswith(f"{number}_") for number, file in listed)
 
 
+def test_the_readme_lists_every_script_and_folder_of_code():
+    listed = (ROOT / "README.md").read_text().partition("## Files")[2].partition("##")[0]
+    files = [path.name for path in ROOT.glob("*.py")]
+    folders = [f"{path.parent.name}/" for path in ROOT.glob("*/*.py")]
+    assert not [name for name in [*files, *folders] if name not in listed]
+
+
 def test_the_details_name_functions_that_exist():
     named = re.findall(r"`([\w/]+\.py):(\w+)`", (ROOT / "docs/implementation_details.md").read_text())
     assert len(named) > 30
@@ -69,9 +76,10 @@ def between(text, name):
     return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.S)[1]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "results/emoji").glob("*.md")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "results").glob("*/*.md")))
 def test_the_results_show_the_committed_tables(name):
-    table = (ROOT / f"results/emoji/{name}.md").read_text()
+    (file,) = (ROOT / "results").glob(f"*/{name}.md")
+    table = file.read_text()
     assert between((ROOT / "results/README.md").read_text(), name) == table
 
 

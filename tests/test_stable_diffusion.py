@@ -296,7 +296,7 @@ def test_equal_step_weights_take_out_what_the_schedule_multiplies_a_steps_gradie
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_possible_and_explicit_flags_win(preset, tmp_path):
-    processes = 8 if preset == "sd15-8gpu" else 1
+    processes = 8 if preset.endswith("8gpu") else 1
     config, _ = parse_config(["--preset", preset, "--device", "cpu", "--epochs", "3"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(processes))
