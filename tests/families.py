@@ -1,4 +1,5 @@
-"""Random pipelines of the real classes, small enough for a test: SDXL, SD3 with and without T5, FLUX.1."""
+"""Random pipelines of the real classes, small enough for a test: SDXL, SD3 with and without T5,
+FLUX.1."""
 
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def clip(tokenizer, model=CLIPTextModelWithProjection):
     return model(CLIPTextConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
         vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
 
 
 def t5():
@@ -27,13 +29,15 @@ def t5():
     words.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer = T5TokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
                                 extra_ids=0, model_max_length=16)
-    config = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    config = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                      feed_forward_proj="gated-gelu")
     return tokenizer, T5EncoderModel(config)
 
 
 def vae(channels, **settings):
     return AutoencoderKL(block_out_channels=(8, 16), down_block_types=["DownEncoderBlock2D"] * 2,
-                         up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=channels, norm_num_groups=4, **settings)
+                         up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=channels,
+                         norm_num_groups=4, **settings)
 
 
 def sdxl(**settings):
@@ -45,8 +49,9 @@ def sdxl(**settings):
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=False, steps_offset=1)
-    return StableDiffusionXLPipeline(vae(4, scaling_factor=0.13), clip(tokenizer, CLIPTextModel), clip(tokenizer), tokenizer,
-                                     tokenizer, unet, scheduler, add_watermarker=False, **settings)
+    return StableDiffusionXLPipeline(vae(4, scaling_factor=0.13), clip(tokenizer, CLIPTextModel),
+                                     clip(tokenizer), tokenizer, tokenizer, unet, scheduler,
+                                     add_watermarker=False, **settings)
 
 
 def sd3(with_t5=True):
