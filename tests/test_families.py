@@ -21,7 +21,8 @@ from training import start
 CLASSES = {"sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline,
            "sd3-without-t5": StableDiffusion3Pipeline, "flux": FluxPipeline}
 SMALL = dict(images=4, sample_batch=2, train_batch=2, steps=2, epochs=1, eval_images=2, eval_every=9,
-             group_size=2, watch="", updates=2, lora_rank=2, device="cpu", dtype="fp32", lr=1e-2, warmup=0, ema=0.0,
+             group_size=2, watch="", updates=2, lora_rank=2, device="cpu", dtype="fp32", lr=1e-2,
+             warmup=0, ema=0.0,
              guidance_scale=3.5, resolution=16, train_first=1.0, guard=0.0)
 PROMPTS = ["a cat", "a fox on a horse"]
 
@@ -57,7 +58,8 @@ def test_without_noise_it_draws_what_the_plain_pipeline_draws(folders, family, r
     ours = load_pipeline(folders[family], "cpu", resolution=resolution)
     drawn = sample_trajectories(ours, PROMPTS, 3, 3.5, 0.0, torch.Generator().manual_seed(0))
     latents, images = plain_latents(plain_pipeline(folders[family], family), drawn.latents[:, 0])
-    assert drawn.latents.shape[2:] == latents_shape(ours) == (latents.shape[1], resolution // 2, resolution // 2)
+    size = resolution // 2
+    assert drawn.latents.shape[2:] == latents_shape(ours) == (latents.shape[1], size, size)
     torch.testing.assert_close(drawn.latents[:, -1], latents, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(drawn.images.float() / 255, images, rtol=0, atol=0.003)
     assert (latents[0] - latents[1]).abs().max() > 0.1  # prompt or noise matter
@@ -150,15 +152,16 @@ def test_prompts_are_encoded_once_and_guidance_is_told_to_flux_alone(folders):
         one_pass, negative, scale = condition(pipeline, PROMPTS, 3.5, cache, two_passes=False)
         assert negative is None and scale is None and ("guidance" in one_pass) == (family == "flux")
     network, latents = denoiser(pipeline), torch.zeros(2, 16, 8, 8)
-    outputs = [predict(network, latents, torch.full((2,), 500.0), condition(pipeline, PROMPTS, scale, cache)[0])
-               for scale in (1, 5)]
+    embeds = [condition(pipeline, PROMPTS, scale, cache)[0] for scale in (1, 5)]
+    outputs = [predict(network, latents, torch.full((2,), 500.0), inputs) for inputs in embeds]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-5
 
 
 def test_sd3_reads_a_prompt_through_t5_where_there_is_one(folders):
     ours = [load_pipeline(folders[family], "cpu", resolution=16) for family in ("sd3", "sd3-without-t5")]
     with_t5, without = (encode_prompts(pipeline, ["a cat"])["encoder_hidden_states"] for pipeline in ours)
-    assert with_t5.shape == without.shape and (without[:, 20:] == 0).all() and not (with_t5[:, 20:] == 0).all()
+    assert with_t5.shape == without.shape
+    assert (without[:, 20:] == 0).all() and not (with_t5[:, 20:] == 0).all()  # after CLIP's 20 tokens
 
 
 def test_flux_schnell_has_no_guidance_and_dynamic_shift_grows_with_the_picture(tmp_path, folders):
@@ -194,8 +197,8 @@ def test_compiled_blocks_are_those_of_transformers_and_checkpointing_leaves_the_
         assert len(blocks(denoiser(load_pipeline(folders[family], "cpu", resolution=16)))) == count
     gradients = []
     for checkpointing in (False, True):
-        config = ddpo.Config(model=folders["flux"], out=str(tmp_path), name=str(checkpointing), **SMALL | dict(
-            gradient_checkpointing=checkpointing, lora_rank=0))
+        settings = SMALL | dict(gradient_checkpointing=checkpointing, lora_rank=0)
+        config = ddpo.Config(model=folders["flux"], out=str(tmp_path), name=str(checkpointing), **settings)
         run = start(ddpo.check(config))
         x, embeds = torch.ones(2, 16, 8, 8), condition(run.pipeline, PROMPTS, 3.5)[0]
         predict(denoiser(run.pipeline), x, torch.full((2,), 500.0), embeds).square().mean().backward()

@@ -60,7 +60,8 @@ def test_activations_are_those_that_a_real_forward_pass_keeps(tmp_path):
     really = sum(size for place, size in kept.items() if place not in weights)
     assert parts["activations"] == pytest.approx(really, rel=0.02)
     trained = sum(p.numel() for p in network.parameters())
-    assert parts["training"] == 16 * trained and parts["weights"] > 4 * trained  # gradient, two moments, average
+    assert parts["training"] == 16 * trained  # gradient, two moments, average
+    assert parts["weights"] > 4 * trained
     settings_that_save = settings | dict(gradient_checkpointing=True, offload=True)
     saving = peak_memory(ddpo.Config(**settings_that_save), pipeline=pipeline)
     assert saving["activations"] < 0.8 * parts["activations"] and saving["peak"] < parts["peak"]
