@@ -33,11 +33,11 @@ from control_policy import (Denoiser, apply_gradients, check_numbers, denoising_
                             log, noise_schedule, open_run, parse, restore, sample_chain)
 from control_worlds import SHAPE, demonstrate, draw_scene, draw_scenes, judge
 from ddpo import clip_range_for, group_advantages, is_loss, kl_loss
+from processes import command_line, seeded
 from run_folder import release
 from rwr import exp_weights
 from sample import ddim_step, ddim_table
 from settings import refuse
-from training import command_line, seeded
 
 plt.switch_backend("Agg")  # no screen needed
 VIEWS = {"trained": (0, 0), "goals": (1, 0), "pillars": (0, 1)}  # held-out goals? pillars?

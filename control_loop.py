@@ -34,10 +34,10 @@ from control_policy import (Denoiser, apply_gradients, check_numbers, denoising_
                             log, noise_schedule, open_run, parse, restore, sample_chain)
 from control_worlds import copy_controller, load_controller, make_envs, play, try_controller
 from ddpo import clip_range_for, is_loss
+from processes import command_line, seeded
 from run_folder import release
 from sample import ddim_step, ddim_table
 from settings import refuse
-from training import command_line, seeded
 
 plt.switch_backend("Agg")  # no screen needed
 

@@ -15,11 +15,11 @@ from diffusers import DDIMScheduler
 from torch import nn
 from tqdm import tqdm
 
+from processes import RunStopped
 from run_folder import (append, load_checkpoint, read_metrics, reserved, row_line, save_checkpoint,
                         write_whole)
 from sample import ddim_step
 from settings import add_flags, refuse, resumed_config
-from training import RunStopped
 
 
 class Denoiser(nn.Module):

@@ -25,17 +25,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-import kernels
 import kernels.ppo_loss
 import settings
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
 from models import denoiser
+from processes import command_line, reduce, seeded
 from sample import ddim_step, latents_shape, predict, step_weights
 from settings import PRESETS, Settings, above_zero, at_least, check_choices, refuse
-from training import (apply_gradients, collect, command_line, describe, epoch_table, progress_bar,
-                      reduce, reference_output, reward_row, seeded, shard, start, time_row,
-                      training_inputs)
+from training import (apply_gradients, collect, describe, epoch_table, progress_bar,
+                      reference_output, reward_row, shard, start, time_row, training_inputs)
 
 
 @dataclass

@@ -11,11 +11,12 @@ import time
 import torch
 from tqdm import tqdm
 
+from processes import gather
 from prompts import load_prompts, set_names
 from rewards import clip_image_embeddings, clip_top1
 from run_folder import draw_progress, picture_grid, save_picture
 from settings import watched
-from training import averaged, close, gather, log, progress_bar, rollout, save, score, shard
+from training import averaged, close, log, progress_bar, rollout, save, score, shard
 
 
 def fixed_prompts(prompts, count):

@@ -16,11 +16,11 @@ import torch
 from ddpo import Config
 from evaluate import evaluations, first_and_kept, fixed_prompts
 from experiments import ALGORITHMS, CHEAPER, HELD_OUT, PREVENTIONS
+from processes import seeded
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
 from run_folder import picture_grid, read_metrics
 from sample import load_pipeline, sample_trajectories
-from training import seeded
 
 # Student's t, two-sided 95 %, by number of seeds; 2.31 for 9
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}

@@ -33,10 +33,11 @@ from ddpo import batch_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
 from models import denoiser, is_emoji
+from processes import command_line, gather, reduce, seeded
 from sample import noised, predict
 from settings import Settings, above_zero, at_least, check_choices, refuse
-from training import (apply_gradients, collect, command_line, describe, gather, progress_bar, reduce,
-                      reward_row, seeded, shard, start, time_row, training_inputs)
+from training import (apply_gradients, collect, describe, progress_bar, reward_row, shard, start,
+                      time_row, training_inputs)
 
 
 @dataclass

@@ -26,10 +26,12 @@ import experiments
 import reproduce
 import rwr
 import sample
+import processes
 import training
 from ddpo import Config
 from emoji import pretrain
 from run_folder import draw_progress, load_checkpoint, read_metrics, release, reserved, write_whole
+from scripts import flags, numbers
 from stable_diffusion import save_pipeline
 from test_reproduce import fake_run
 
@@ -68,15 +70,6 @@ def refusal(capsys, arguments, loop=ddpo):
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and len(error.splitlines()) == 1, error
     return error
-
-
-def numbers(folder):
-    return [{key: value for key, value in row.items() if "second" not in key}
-            for row in read_metrics(folder / "metrics.jsonl")]
-
-
-def flags(**settings):
-    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
 def assert_same(folder, other):
@@ -508,7 +501,7 @@ def test_the_sampler_tries_its_output_before_it_works(run, tmp_path, capsys, mon
 def test_weights_that_are_not_finite_are_not_logged(model, tmp_path):
     run = ddpo.prepare(Config(model=model, out=str(tmp_path), name="weights", **SMALL))
     run.parameters[-1].data.view(-1)[0] = float("inf")
-    with pytest.raises(training.RunStopped, match="weights are not finite after epoch 1"):
+    with pytest.raises(processes.RunStopped, match="weights are not finite after epoch 1"):
         training.log(run, {"epoch": 1, "images": 4})
     assert not (run.folder / "metrics.jsonl").read_text()
     training.close(run)
@@ -543,7 +536,7 @@ def test_the_scaler_skips_an_overflow_and_stops_where_it_never_ends(model, tmp_p
     count = sum(p.numel() for p in run.parameters)
     assert update(0.5) == pytest.approx(0.5 * count**0.5, rel=1e-5)  # the norm is of the gradient itself
     assert not any(torch.equal(p, value) for p, value in zip(run.parameters, before))
-    with pytest.raises(training.RunStopped, match="gradient is nan"):
+    with pytest.raises(processes.RunStopped, match="gradient is nan"):
         for _ in range(4):
             update(float("nan"))
     training.close(run)
@@ -560,7 +553,7 @@ def test_a_reward_that_fails_in_the_scorers_thread_drops_the_batches_that_wait(m
 
     failing.counts = {}
     run.rewards = {"compress": failing}
-    with pytest.raises(training.RunStopped, match="reward failing"):
+    with pytest.raises(processes.RunStopped, match="reward failing"):
         training.collect(run, 1)
     run.scorer.shutdown()
     assert len(calls) < 20  # of 20 batches
@@ -643,7 +636,7 @@ def test_a_signal_ends_a_process_also_in_a_callback_that_swallows_exceptions():
 
     def main():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-        with training.stop_signals(lambda number: os.write(ready, bytes([number]))):
+        with processes.stop_signals(lambda number: os.write(ready, bytes([number]))):
             Callback()
         return 1
 
@@ -657,7 +650,7 @@ def test_a_signal_ends_a_process_also_in_a_callback_that_swallows_exceptions():
 
 def test_a_process_that_a_reward_forks_is_stopped_alone():
     def main():
-        with training.stop_signals(lambda number: os.write(told, b"the run is stopped")):
+        with processes.stop_signals(lambda number: os.write(told, b"the run is stopped")):
             worker = forked(lambda: os.write(told, b"ready") and time.sleep(60))
             assert os.read(heard, 5) == b"ready"
             os.kill(worker, signal.SIGTERM)

@@ -293,6 +293,14 @@ def bring_your_own(n):
     picture_grid(rows, ["before", "after"], prompts).save(FOLDER / "6_red.png")
 
 
+def flow_matching(n):
+    figure, axes = plt.subplots(1, 5, figsize=(15, 3.2))
+    for axis, (name, cloud) in zip(axes, n["clouds"].items()):
+        plane(axis, cloud, "no noise" if name == "ode" else name)
+    plt.tight_layout()
+    save("7_clouds.png")
+
+
 DRAW = {  # by the tutorial's number: what draws its figures
     "1": denoising_is_a_policy,
     "2": collect_and_score,
@@ -300,6 +308,7 @@ DRAW = {  # by the tutorial's number: what draws its figures
     "4": fuse_the_step,
     "5": watch_it_hack_the_reward,
     "6": bring_your_own,
+    "7": flow_matching,
 }
 
 if __name__ == "__main__":
