@@ -66,8 +66,9 @@ def test_compiling_changes_no_gradient_and_sampling_still_rounds_as_training_doe
                           up_block_types=["UpBlock2D"] * 2)  # little to compile
     gradients = []
     for compiled in (False, True):
-        run = start(ddpo.check(Config(model=model, out=str(tmp_path), name=f"compiled-{compiled}", **SMALL | dict(
-            compile=compiled, dtype="bf16", lora_rank=0))))
+        settings = SMALL | dict(compile=compiled, dtype="bf16", lora_rank=0)
+        config = Config(model=model, out=str(tmp_path), name=f"compiled-{compiled}", **settings)
+        run = start(ddpo.check(config))
         output = predict(run.pipeline.unet, *inputs(run), run.dtype)
         with torch.no_grad():
             assert torch.equal(output, predict(run.pipeline.unet, *inputs(run), run.dtype))
