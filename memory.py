@@ -1,13 +1,13 @@
-"""How much memory of a GPU a run needs, before it is started: networks are built without their numbers, and the real code
-runs on them to see which activations it keeps for the backward pass.
+"""How much memory of a GPU a run needs, before it is started: networks are built without their
+numbers, and the real code runs on them to see which activations it keeps for the backward pass.
 
     python memory.py                                       every preset, one line each
     python memory.py --preset sdxl-24gb --train-batch 4    the same preset with other settings
     torchrun ...                                           each process needs what is printed
 
-What is counted: weights; gradients, moments and averages of what is trained; activations, with the copies that autocast
-makes; an epoch's latents and embeddings; decoding; the rewards' networks. Not counted: what CUDA itself takes (CONTEXT
-stands for it), and holes between allocations.
+What is counted: weights; gradients, moments and averages of what is trained; activations, with the
+copies that autocast makes; an epoch's latents and embeddings; decoding; the rewards' networks. Not
+counted: what CUDA itself takes (CONTEXT stands for it), and holes between allocations.
 """
 
 import functools
@@ -25,30 +25,36 @@ from settings import PRESETS, watched
 
 GB = 1e9
 CONTEXT = 0.7 * GB
-# The configurations of the presets' models, as far as they differ from diffusers' defaults, and the parameters of the
-# networks beside them: CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL read the prompts.
+# The configurations of the presets' models, as far as they differ from diffusers' defaults, and the
+# parameters of the networks beside them: CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL read the
+# prompts.
 CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
-VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
-           up_block_types=("UpDecoderBlock2D",) * 4)
+VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+           down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 NETWORKS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": dict(
-        network=UNet2DConditionModel, sample_size=64, cross_attention_dim=768, readers=CLIP_L, tokens=77),
+        network=UNet2DConditionModel, sample_size=64, cross_attention_dim=768, readers=CLIP_L,
+        tokens=77),
     "stabilityai/stable-diffusion-xl-base-1.0": dict(
-        network=UNet2DConditionModel, sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280),
+        network=UNet2DConditionModel, sample_size=128, cross_attention_dim=2048,
+        block_out_channels=(320, 640, 1280),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, readers=CLIP_L + CLIP_G, tokens=77),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816, readers=CLIP_L + CLIP_G, tokens=77),
     "stabilityai/stable-diffusion-3.5-medium": dict(
-        network=SD3Transformer2DModel, sample_size=128, patch_size=2, in_channels=16, num_layers=24, attention_head_dim=64,
-        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-        out_channels=16, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)),
+        network=SD3Transformer2DModel, sample_size=128, patch_size=2, in_channels=16, num_layers=24,
+        attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
+        caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16,
+        pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)),
         readers=CLIP_L + CLIP_G + T5_XXL, tokens=333),
     "black-forest-labs/FLUX.1-dev": dict(
         network=FluxTransformer2DModel, guidance_embeds=True, readers=CLIP_L + T5_XXL, tokens=512),
 }
-# Parameters of the networks of the rewards that need some, and the bytes of one (judges.py): CLIP ViT-L/14 and ViT-H/14 in
-# float32; a vision-language model of 7 billion parameters in bfloat16, and DeBERTa-xlarge beside it for align.
+# Parameters of the networks of the rewards that need some, and the bytes of one (judges.py): CLIP
+# ViT-L/14 and ViT-H/14 in float32; a vision-language model of 7 billion parameters in bfloat16, and
+# DeBERTa-xlarge beside it for align.
 REWARDS = {"aesthetic": 1.7, "pickscore": 3.9, "align": 17.0, "vqa": 14.0, "count": 14.0}  # GB
 
 
@@ -59,8 +65,9 @@ def storages(*tensors):
 
 
 def as_fake(network):
-    """Its parameters and buffers as tensors that have a size and a place, but no numbers. The place is the CPU, since torch
-    knows no GPU where there is none; norms compute in float32, as autocast has them do on a GPU alone."""
+    """Its parameters and buffers as tensors that have a size and a place, but no numbers. The place
+    is the CPU, since torch knows no GPU where there is none; norms compute in float32, as autocast
+    has them do on a GPU alone."""
     for module in network.modules():
         norm = isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm))
         if norm:
@@ -75,16 +82,17 @@ def as_fake(network):
 
 
 def activations(network, inputs, dtype, checkpointing):
-    """Bytes that a forward pass keeps for the backward pass. network, inputs: of fake tensors; inputs: those of predict."""
+    """Bytes that a forward pass keeps for the backward pass. network, inputs: of fake tensors;
+    inputs: those of predict."""
     weights = storages(*network.parameters(), *network.buffers())
-    kept, alive, largest = {}, [], 0  # alive: or another tensor would get the identity of one that is gone
+    kept, alive, largest = {}, [], 0  # alive: identities of tensors that are gone are given again
 
     def keep(into, tensor):
         alive.append(tensor)
         into.update(storages(tensor))
         return tensor
 
-    def checkpointed(block, *args):  # in place of torch.utils.checkpoint, which keeps inputs and makes the inside anew
+    def checkpointed(block, *args):  # as torch.utils.checkpoint: keeps inputs, makes the inside anew
         nonlocal largest
         for value in args:
             keep(kept, value)
@@ -128,14 +136,16 @@ def pipeline_facts(pipeline):
 
 
 def peak_memory(config, world=1, pipeline=None):
-    """{what: bytes} of one of the `world` processes of a run, and under "peak" the most at one time.
+    """{what: bytes} of one of the `world` processes of a run, and under "peak" the most at one
+    time.
 
     pipeline: as load_pipeline gives it; without one, config.model is one of NETWORKS."""
     from training import make_trainable
 
     facts = preset_facts(config) if pipeline is None else pipeline_facts(pipeline)
     (kind, network), (vae_kind, vae), readers, shapes, latents_shape = facts
-    dtype, whole, is_flux = models.DTYPES[config.dtype or "bf16"], not config.lora_rank, kind is FluxTransformer2DModel
+    dtype, whole = models.DTYPES[config.dtype or "bf16"], not config.lora_rank
+    is_flux = kind is FluxTransformer2DModel
     width = 4 if whole or dtype == torch.float32 else 2  # bytes of a weight that is not trained
     with torch.device("meta"):
         network, vae = kind.from_config(network), vae_kind.from_config(vae)
@@ -143,7 +153,8 @@ def peak_memory(config, world=1, pipeline=None):
         total = sum(p.numel() for p in network.parameters())
         trained = sum(p.numel() for p in make_trainable(network, config))
     decoder = 4 * sum(p.numel() for p in vae.parameters())
-    rows = config.train_batch * (2 if config.guidance_scale > 1 and config.train_guidance and not is_flux else 1)
+    two_passes = config.guidance_scale > 1 and config.train_guidance and not is_flux
+    rows = config.train_batch * (2 if two_passes else 1)
     with FakeTensorMode():
         as_fake(network), as_fake(vae)
         embeds = {key: torch.zeros(rows, *shape) for key, shape in shapes.items()}
@@ -153,28 +164,34 @@ def peak_memory(config, world=1, pipeline=None):
         kept = activations(network, inputs, dtype, config.gradient_checkpointing)
         largest = []
         for module in vae.decoder.modules():
-            module.register_forward_hook(lambda _, __, output: largest.extend(storages(output).values()))
+            module.register_forward_hook(
+                lambda _, __, output: largest.extend(storages(output).values()))
         with torch.no_grad():
             vae.decoder(torch.zeros(min(8, config.sample_batch), *latents_shape))
-    latents = 0 if config.offload else config.images // world * (config.steps + 1) * math.prod(latents_shape) * 4
+    latents = config.images // world * (config.steps + 1) * math.prod(latents_shape) * 4
     prompts = min(config.images, 400) * width * sum(math.prod(shape) for shape in shapes.values())
     moments = 2 if config.optimizer == "adamw8bit" else 8
     parts = {
         "weights": total * width + (0 if config.offload else readers * width + decoder),
-        "training": trained * (4 + moments + (4 if config.ema else 0) + (0 if whole else 4))  # 4: the gradient
+        # gradient, moments, average, an adapter's weights; the base model beside a whole one for --kl
+        "training": trained * (4 + moments + (4 if config.ema else 0) + (0 if whole else 4))
         + (total * 4 if whole and getattr(config, "kl", 0) else 0),
-        "activations": kept, "latents and embeddings": latents + prompts,
-        "decoding": 3 * max(largest) + (decoder if config.offload else 0),  # a layer's input, output, workspace
+        "activations": kept,
+        "latents and embeddings": (0 if config.offload else latents) + prompts,
+        # input, output and workspace of the largest layer
+        "decoding": 3 * max(largest) + (decoder if config.offload else 0),
         "rewards": GB * sum(REWARDS.get(name.partition("=")[0], 0)
                             for name in [*parse_reward(config.reward), *watched(config)]),
         "CUDA": CONTEXT}
-    return parts | {"peak": sum(parts.values()) - min(parts["activations"], parts["decoding"])}  # not both at once
+    one_of_them = min(parts["activations"], parts["decoding"])  # they are not there at one time
+    return parts | {"peak": sum(parts.values()) - one_of_them}
 
 
 def estimate(config, world=1, pipeline=None):
     """One line for people."""
     parts = peak_memory(config, world, pipeline)
-    shown = ", ".join(f"{key} {value / GB:.1f}" for key, value in parts.items() if key != "peak" and value > 5e7)
+    shown = ", ".join(f"{key} {value / GB:.1f}" for key, value in parts.items()
+                      if key != "peak" and value > 5e7)
     return f"about {parts['peak'] / GB:.0f} GB of a GPU's memory on each process ({shown})"
 
 
@@ -182,7 +199,9 @@ def main(arguments=None):
     import ddpo
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    chosen = [[]] if "--preset" in arguments else [["--preset", name] for name in PRESETS if name != "emoji"]
+    chosen = [["--preset", name] for name in PRESETS if name != "emoji"]
+    if "--preset" in arguments:
+        chosen = [[]]
     for preset in chosen:
         config, _ = ddpo.parse_config([*preset, *arguments])
         world = 8 if config.preset.endswith("8gpu") else 1

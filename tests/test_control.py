@@ -3,9 +3,7 @@ killed or cannot work."""
 
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from control_worlds import (RADIUS, SCALE, SHAPE, clearance, copy_controller, de
                             draw_scenes, judge, make_envs, pendulum_controller, play)
 from ddpo import clip_range_for, is_loss
 from run_folder import load_checkpoint, read_metrics
+from scripts import finish, numbers, start
 from sample import ddim_step, ddim_table
 from processes import seeded
 
@@ -32,27 +31,6 @@ PLANS = dict(pretrain=20, epochs=3, scenes=4, group_size=4, batch=8, steps=4, ev
              eval_scenes=2)
 LOOP = dict(pretrain=20, epochs=3, envs=3, demonstrations=1, steps=3, train_last=2, passes=1,
             decisions=20, eval_every=2)
-
-
-def start(script, *arguments, **settings):
-    flags = [word for key, value in settings.items()
-             for word in ("--" + key.replace("_", "-"), str(value))]
-    return subprocess.Popen([sys.executable, script, *arguments, *flags], cwd=ROOT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-
-
-def finish(process):
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return process.returncode, out, err
-
-
-def numbers(folder):
-    return [{key: value for key, value in row.items() if key != "seconds"}
-            for row in read_metrics(folder / "metrics.jsonl")]
 
 
 # plans

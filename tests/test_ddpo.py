@@ -4,14 +4,12 @@ settings that cannot work."""
 import dataclasses
 import inspect
 import json
-import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import ddpo
+import scripts
 from ddpo import (
     Config,
     PromptStats,
@@ -29,6 +28,7 @@ from ddpo import (
     is_loss,
     sf_loss,
 )
+from scripts import finish, flags, numbers
 from run_folder import load_checkpoint, read_metrics, save_checkpoint, save_weights
 from sample import load_pipeline
 
@@ -49,47 +49,7 @@ SMALL = dict(
 )
 
 
-def flags(**settings):
-    return [
-        word
-        for key, value in settings.items()
-        for word in ("--" + key.replace("_", "-"), str(value))
-    ]
-
-
-def start(*arguments, processes=1, **settings):
-    """ddpo.py as a user runs it: a process of its own, or torchrun's."""
-    launcher = (
-        ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        if processes > 1
-        else []
-    )
-    command = [sys.executable, *launcher, "ddpo.py", *arguments, *flags(**settings)]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return process.returncode, out, err
-
-
-def numbers(folder):
-    """What a run computed, without how long it took."""
-    return [
-        {key: value for key, value in row.items() if "second" not in key}
-        for row in read_metrics(Path(folder) / "metrics.jsonl")
-    ]
+start = partial(scripts.start, "ddpo.py")
 
 
 def test_a_prompt_is_compared_with_the_batch_until_it_has_enough_rewards_then_with_itself():

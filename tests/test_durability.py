@@ -31,6 +31,7 @@ import training
 from ddpo import Config
 from emoji import pretrain
 from run_folder import draw_progress, load_checkpoint, read_metrics, release, reserved, write_whole
+from scripts import flags, numbers
 from stable_diffusion import save_pipeline
 from test_reproduce import fake_run
 
@@ -69,15 +70,6 @@ def refusal(capsys, arguments, loop=ddpo):
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and len(error.splitlines()) == 1, error
     return error
-
-
-def numbers(folder):
-    return [{key: value for key, value in row.items() if "second" not in key}
-            for row in read_metrics(folder / "metrics.jsonl")]
-
-
-def flags(**settings):
-    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
 def assert_same(folder, other):

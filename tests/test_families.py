@@ -1,4 +1,5 @@
-"""Claims about SDXL, SD3 and FLUX.1, on random pipelines of the real classes that are saved to disk and loaded."""
+"""Claims about SDXL, SD3 and FLUX.1, on random pipelines of the real classes that are saved to disk
+and loaded."""
 
 import os
 import subprocess
@@ -17,10 +18,11 @@ from run_folder import read_metrics
 from sample import ddim_step, ddim_table, load_pipeline, sample_trajectories
 from training import start
 
-CLASSES = {"sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline, "sd3-without-t5": StableDiffusion3Pipeline,
-           "flux": FluxPipeline}
-SMALL = dict(images=4, sample_batch=2, train_batch=2, steps=2, epochs=1, eval_images=2, eval_every=9, group_size=2,
-             watch="", updates=2, lora_rank=2, device="cpu", dtype="fp32", lr=1e-2, warmup=0, ema=0.0,
+CLASSES = {"sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline,
+           "sd3-without-t5": StableDiffusion3Pipeline, "flux": FluxPipeline}
+SMALL = dict(images=4, sample_batch=2, train_batch=2, steps=2, epochs=1, eval_images=2, eval_every=9,
+             group_size=2, watch="", updates=2, lora_rank=2, device="cpu", dtype="fp32", lr=1e-2,
+             warmup=0, ema=0.0,
              guidance_scale=3.5, resolution=16, train_first=1.0, guard=0.0)
 PROMPTS = ["a cat", "a fox on a horse"]
 
@@ -56,7 +58,8 @@ def test_without_noise_it_draws_what_the_plain_pipeline_draws(folders, family, r
     ours = load_pipeline(folders[family], "cpu", resolution=resolution)
     drawn = sample_trajectories(ours, PROMPTS, 3, 3.5, 0.0, torch.Generator().manual_seed(0))
     latents, images = plain_latents(plain_pipeline(folders[family], family), drawn.latents[:, 0])
-    assert drawn.latents.shape[2:] == latents_shape(ours) == (latents.shape[1], resolution // 2, resolution // 2)
+    size = resolution // 2
+    assert drawn.latents.shape[2:] == latents_shape(ours) == (latents.shape[1], size, size)
     torch.testing.assert_close(drawn.latents[:, -1], latents, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(drawn.images.float() / 255, images, rtol=0, atol=0.003)
     assert (latents[0] - latents[1]).abs().max() > 0.1  # prompt or noise matter
@@ -80,7 +83,8 @@ def test_what_is_drawn_is_scored_again_to_the_last_bit(folders, family, dtype):
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
-def test_a_run_begins_with_a_ratio_of_one_and_its_weights_load_in_the_plain_pipeline(folders, tmp_path, family, lora_rank):
+def test_a_run_begins_with_a_ratio_of_one_and_its_weights_load_in_the_plain_pipeline(
+        folders, tmp_path, family, lora_rank):
     settings = SMALL | dict(lora_rank=lora_rank, gradient_checkpointing=lora_rank == 0, offload=lora_rank > 0)
     folder = ddpo.train(ddpo.Config(model=folders[family], out=str(tmp_path), **settings))
     row = read_metrics(folder / "metrics.jsonl")[-1]
@@ -108,7 +112,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(folders, tmp_path, famil
     ddpo.train(parts)
     parts.epochs = 2
     rows = read_metrics(ddpo.train(parts, resume=True) / "metrics.jsonl")
-    timeless = [[{key: value for key, value in row.items() if "second" not in key and not key.startswith("eval")}
+    timeless = [[{key: value for key, value in row.items()
+                  if "second" not in key and not key.startswith("eval")}
                  for row in run if row["epoch"]] for run in (expected, rows)]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 2
 
@@ -124,7 +129,8 @@ def test_other_loops_train_a_flow_model(folders, tmp_path, loop):
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_two_processes_make_the_run_of_one(folders, tmp_path, family):
-    settings = SMALL | dict(model=folders[family], out=str(tmp_path), eval_images=2, prompts="animals", sample_batch=1, train_batch=1)
+    settings = SMALL | dict(model=folders[family], out=str(tmp_path), prompts="animals", sample_batch=1,
+                            train_batch=1)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*torchrun, "ddpo.py", *flags, "--name", "two"], cwd=ROOT, check=True, capture_output=True,
@@ -141,18 +147,21 @@ def test_prompts_are_encoded_once_and_guidance_is_told_to_flux_alone(folders):
         embeds, negative, scale = condition(pipeline, [*PROMPTS, PROMPTS[0]], 3.5, cache)
         assert set(cache) == {*PROMPTS, *([] if family == "flux" else [""])}
         assert all(torch.equal(value[0], value[2]) and not value.requires_grad for value in embeds.values())
-        assert (negative is None, scale, "guidance" in embeds) == ((True, None, True) if family == "flux" else (False, 3.5, False))
+        expected = (True, None, True) if family == "flux" else (False, 3.5, False)
+        assert (negative is None, scale, "guidance" in embeds) == expected
         one_pass, negative, scale = condition(pipeline, PROMPTS, 3.5, cache, two_passes=False)
         assert negative is None and scale is None and ("guidance" in one_pass) == (family == "flux")
     network, latents = denoiser(pipeline), torch.zeros(2, 16, 8, 8)
-    outputs = [predict(network, latents, torch.full((2,), 500.0), condition(pipeline, PROMPTS, scale, cache)[0]) for scale in (1, 5)]
+    embeds = [condition(pipeline, PROMPTS, scale, cache)[0] for scale in (1, 5)]
+    outputs = [predict(network, latents, torch.full((2,), 500.0), inputs) for inputs in embeds]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-5
 
 
 def test_sd3_reads_a_prompt_through_t5_where_there_is_one(folders):
     ours = [load_pipeline(folders[family], "cpu", resolution=16) for family in ("sd3", "sd3-without-t5")]
     with_t5, without = (encode_prompts(pipeline, ["a cat"])["encoder_hidden_states"] for pipeline in ours)
-    assert with_t5.shape == without.shape and (without[:, 20:] == 0).all() and not (with_t5[:, 20:] == 0).all()
+    assert with_t5.shape == without.shape
+    assert (without[:, 20:] == 0).all() and not (with_t5[:, 20:] == 0).all()  # after CLIP's 20 tokens
 
 
 def test_flux_schnell_has_no_guidance_and_dynamic_shift_grows_with_the_picture(tmp_path, folders):
@@ -160,13 +169,15 @@ def test_flux_schnell_has_no_guidance_and_dynamic_shift_grows_with_the_picture(t
     flux(guidance_embeds=False).save_pretrained(tmp_path / "schnell")
     pipeline = load_pipeline(str(tmp_path / "schnell"), "cpu", resolution=16)
     assert "guidance" not in condition(pipeline, PROMPTS, 3.5)[0]
-    mu = [schedule_inputs(load_pipeline(folders["flux"], "cpu", resolution=side), 4)["mu"] for side in (64, 128)]
-    assert mu[0] == pytest.approx(0.5) and mu[1] == pytest.approx(0.5 + 0.65 * (1024 - 256) / 3840)  # 256 and 1024 tokens
+    mu = [schedule_inputs(load_pipeline(folders["flux"], "cpu", resolution=side), 4)["mu"]
+          for side in (64, 128)]  # 256 and 1024 tokens
+    assert mu[0] == pytest.approx(0.5) and mu[1] == pytest.approx(0.5 + 0.65 * (1024 - 256) / 3840)
 
 
 def test_a_size_that_does_not_fit_a_family_is_refused(folders):
-    for family, resolution, names in (("sd3", 18, "multiple of 4"), ("flux", 18, "multiple of 4"), ("sd3", 64, "too large"),
-                                      ("sdxl", 15, "multiple of 2"), ("sdxl", -16, "multiple of 2")):
+    for family, resolution, names in (
+            ("sd3", 18, "multiple of 4"), ("flux", 18, "multiple of 4"), ("sd3", 64, "too large"),
+            ("sdxl", 15, "multiple of 2"), ("sdxl", -16, "multiple of 2")):
         with pytest.raises(ValueError, match=f"--resolution {resolution}: .*{names}"):
             load_pipeline(folders[family], "cpu", resolution=resolution)
     assert latents_shape(load_pipeline(folders["sdxl"], "cpu")) == (4, 8, 8)
@@ -179,15 +190,15 @@ def test_decoding_shifts_and_scales_as_the_vae_says(folders):
     assert torch.equal(decode(pipeline, latents), ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte())
 
 
-def test_torch_compile_takes_the_blocks_of_transformers_and_checkpointing_leaves_the_gradient(folders, tmp_path):
+def test_compiled_blocks_are_those_of_transformers_and_checkpointing_leaves_the_gradient(folders, tmp_path):
     from models import blocks
 
     for family, count in (("sd3", 2), ("flux", 2)):
         assert len(blocks(denoiser(load_pipeline(folders[family], "cpu", resolution=16)))) == count
     gradients = []
     for checkpointing in (False, True):
-        config = ddpo.Config(model=folders["flux"], out=str(tmp_path), name=str(checkpointing), **SMALL | dict(
-            gradient_checkpointing=checkpointing, lora_rank=0))
+        settings = SMALL | dict(gradient_checkpointing=checkpointing, lora_rank=0)
+        config = ddpo.Config(model=folders["flux"], out=str(tmp_path), name=str(checkpointing), **settings)
         run = start(ddpo.check(config))
         x, embeds = torch.ones(2, 16, 8, 8), condition(run.pipeline, PROMPTS, 3.5)[0]
         predict(denoiser(run.pipeline), x, torch.full((2,), 500.0), embeds).square().mean().backward()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from scripts import numbers
 from stable_diffusion import save_pipeline
 
 import forward
@@ -210,12 +211,6 @@ def run(model, tmp_path_factory):
 
 def train(folder, resume=False, **settings):
     return forward.train(Config(out=str(folder), **SMALL | settings), resume)
-
-
-def numbers(folder):
-    """What a run computed, without how long it took."""
-    return [{key: value for key, value in row.items() if "second" not in key}
-            for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def weights(folder, key="parameters"):

@@ -2,11 +2,9 @@
 any other."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
 import rwr
+import scripts
+from scripts import finish, flags, numbers
 from run_folder import load_checkpoint, read_metrics
 from rwr import Config, denoising_loss, exp_weights, sparse_weights, weigh
 from sample import encode_prompts, load_pipeline
@@ -40,48 +40,7 @@ SMALL = dict(
 )
 
 
-def flags(**settings):
-    return [
-        word
-        for key, value in settings.items()
-        for word in ("--" + key.replace("_", "-"), str(value))
-    ]
-
-
-def start(*arguments, processes=1, **settings):
-    """rwr.py as a user runs it: a process of its own, or torchrun's."""
-    launcher = (
-        ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        if processes > 1
-        else []
-    )
-    return subprocess.Popen(
-        [sys.executable, *launcher, "rwr.py", *arguments, *flags(**settings)],
-        cwd=ROOT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def finish(process):
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return process.returncode, out, err
-
-
-def numbers(folder):
-    """What a run computed, without how long it took."""
-    return [
-        {key: value for key, value in row.items() if "second" not in key}
-        for row in read_metrics(folder / "metrics.jsonl")
-    ]
-
-
-# weights
+start = partial(scripts.start, "rwr.py")
 
 
 def test_weights_are_softmax_with_mean_one():

@@ -1,4 +1,5 @@
-"""Claims about Stable Diffusion, on random pipelines of its classes: what saves memory or time changes no result."""
+"""Claims about Stable Diffusion, on random pipelines of its classes: what saves memory or time
+changes no result."""
 
 import json
 import shutil
@@ -16,8 +17,8 @@ from sample import ddim_table, encode_prompts, load_pipeline, predict, step_etas
 from stable_diffusion import ROOT, save_pipeline
 from training import make_trainable, start
 
-SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=1, eval_images=4, group_size=2, watch="", updates=2, lora_rank=4,
-             device="cpu", dtype="fp32", lr=1e-3)
+SMALL = dict(images=8, sample_batch=4, train_batch=4, steps=4, epochs=1, eval_images=4, group_size=2,
+             watch="", updates=2, lora_rank=4, device="cpu", dtype="fp32", lr=1e-3)
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
@@ -43,22 +44,25 @@ def test_both_predictions_train_and_begin_with_a_ratio_of_one(model, tmp_path, l
     assert row["ratio_error"] == 0.0 and row["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("settings", [dict(gradient_checkpointing=True), dict(train_batch=1), dict(train_batch=3), dict(offload=True),
-                                      dict(gradient_checkpointing=True, lora_rank=0), dict(offload=True, lora_rank=0)])
+@pytest.mark.parametrize("settings", [
+    dict(gradient_checkpointing=True), dict(train_batch=1), dict(train_batch=3), dict(offload=True),
+    dict(gradient_checkpointing=True, lora_rank=0), dict(offload=True, lora_rank=0)])
 def test_what_saves_memory_leaves_the_update_as_it_is(epsilon_model, tmp_path, settings):
     plain = SMALL | dict(lora_rank=settings.get("lora_rank", 4), lr=1e-4, warmup=0, ema=0.0)
     folders = [ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=name, **plain | changes))
                for name, changes in (("plain", {}), ("saving", settings))]
     whole, saving = map(weights, folders)
     difference = torch.cat([(whole[key] - saving[key]).abs().flatten() for key in whole])
-    assert (difference > 1e-5).float().mean() < 1e-3  # Adam turns a gradient of 1e-9 into a step of either sign
+    # Adam turns a gradient of 1e-9 into a step of either sign
+    assert (difference > 1e-5).float().mean() < 1e-3
     norms = [read_metrics(folder / "metrics.jsonl")[-1]["grad_norm"] for folder in folders]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiling_changes_no_gradient_and_sampling_still_rounds_as_training_does(tmp_path):
-    model = save_pipeline(tmp_path / "model", down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2)  # little to compile
+    model = save_pipeline(tmp_path / "model", down_block_types=["DownBlock2D"] * 2,
+                          up_block_types=["UpBlock2D"] * 2)  # little to compile
     gradients = []
     for compiled in (False, True):
         run = start(ddpo.check(Config(model=model, out=str(tmp_path), name=f"compiled-{compiled}", **SMALL | dict(
@@ -88,8 +92,8 @@ def test_plain_diffusers_draws_the_same_picture_from_the_adapter(model, tmp_path
     torch.testing.assert_close(tuned, draw(load_pipeline(model, "cpu", lora=folder)), rtol=0, atol=1e-3)
 
 
-LAYERS = ["to_q", "proj_in", "proj_out", "conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "linear_1",
-          "ff.net.0.proj", "ff.net.2", "conv"]
+LAYERS = ["to_q", "proj_in", "proj_out", "conv_in", "conv_out", "conv1", "conv2", "conv_shortcut",
+          "time_emb_proj", "linear_1", "ff.net.0.proj", "ff.net.2", "conv"]
 
 
 @pytest.mark.parametrize("targets", [",".join(LAYERS), "to_k,conv_in", "conv_out,to_v", "proj_in"])
@@ -107,7 +111,8 @@ def test_an_adapter_on_any_layer_comes_back_whole_in_plain_diffusers_and_here(ep
     tuned = predict(pipeline.unet, x, torch.tensor([500]), embeds)
     assert sum("lora_" in name for name, _ in plain.unet.named_parameters()) == len(parameters)
     for other in (plain, load_pipeline(epsilon_model, "cpu", lora=tmp_path / "run")):
-        torch.testing.assert_close(predict(other.unet, x, torch.tensor([500]), embeds), tuned, rtol=1e-4, atol=1e-5)
+        output = predict(other.unet, x, torch.tensor([500]), embeds)
+        torch.testing.assert_close(output, tuned, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_or_a_unet_that_fits_in_part_is_refused(epsilon_model, tmp_path):
@@ -118,12 +123,14 @@ def test_an_adapter_or_a_unet_that_fits_in_part_is_refused(epsilon_model, tmp_pa
     tensors = load_file(file)
     renamed = [key for key in tensors if "attn2.to_q" in key]
     save_file({key.replace("attn2.to_q", "attn2.to_r"): value for key, value in tensors.items()}, file)
-    with pytest.raises(ValueError, match=f"--lora .* {len(tensors)} tensors .* {len(tensors) - len(renamed)}") as error:
+    counts = f"{len(tensors)} tensors .* {len(tensors) - len(renamed)}"
+    with pytest.raises(ValueError, match=f"--lora .* {counts}") as error:
         load_pipeline(epsilon_model, "cpu", lora=tmp_path / "run")
     assert "\n" not in str(error.value)
     load_pipeline(epsilon_model, "cpu").unet.save_pretrained(tmp_path / "whole/unet")
     file = tmp_path / "whole/unet/diffusion_pytorch_model.safetensors"
-    save_file({key: value for key, value in load_file(file).items() if key != "conv_out.bias"}, file, {"format": "pt"})
+    rest = {key: value for key, value in load_file(file).items() if key != "conv_out.bias"}
+    save_file(rest, file, {"format": "pt"})
     with pytest.raises(ValueError, match="--lora .*1 weights of its unet.* conv_out.bias"):
         load_pipeline(epsilon_model, "cpu", lora=tmp_path / "whole")
     other = save_pipeline(tmp_path / "other", block_out_channels=(32, 96))
@@ -135,7 +142,8 @@ def test_an_adapter_or_a_unet_that_fits_in_part_is_refused(epsilon_model, tmp_pa
 def lacks(component, key):
     def damage(folder):
         file, = (folder / component).glob("*.safetensors")
-        save_file({name: value for name, value in load_file(file).items() if not name.endswith(key)}, file, {"format": "pt"})
+        rest = {name: value for name, value in load_file(file).items() if not name.endswith(key)}
+        save_file(rest, file, {"format": "pt"})
     return damage
 
 
@@ -167,7 +175,8 @@ def code(component, entry):
     (lacks("vae", "decoder.conv_out.weight"), "1 weights of its vae"),
     (lacks("unet", "conv_in.weight"), "1 weights of its unet"),
     (unfused, "fuse_lora"),
-    (lambda folder: (folder / "vae/diffusion_pytorch_model.safetensors").unlink(), "no weights in its folder vae/"),
+    (lambda folder: (folder / "vae/diffusion_pytorch_model.safetensors").unlink(),
+     "no weights in its folder vae/"),
     (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer/ is missing"),
     (edited("unet/config.json", sample_size=None), "sample_size null; give --resolution"),
     (edited("unet/config.json", encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "weights of its unet"),
@@ -183,13 +192,15 @@ def code(component, entry):
     (code("unet", ["evil", "Evil"]), "evil.py"),
     (code("text_encoder", ["transformers", "CLIPTextModel"]), "evil.py"),
 ])
-def test_a_folder_with_a_hole_or_with_code_is_one_line_and_nothing_runs(epsilon_model, tmp_path, capsys, damage, names):
+def test_a_folder_with_a_hole_or_with_code_is_one_line_and_nothing_runs(
+        epsilon_model, tmp_path, capsys, damage, names):
     model = tmp_path / "model"
     shutil.copytree(epsilon_model, model)
     damage(model)
     default = torch.get_default_dtype()
     with pytest.raises(SystemExit) as stop:
-        ddpo.main(["--model", str(model), "--out", str(tmp_path / "runs"), "--device", "cpu", "--epochs", "1", "--prompts", "animals"])
+        ddpo.main(["--model", str(model), "--out", str(tmp_path / "runs"), "--device", "cpu", "--epochs", "1",
+                   "--prompts", "animals"])
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--")]
     assert stop.value.code == 2 and len(err) == 1 and names in err[0] and f"--model {model}" in err[0]
     assert not (tmp_path / "runs").exists() and not (model / "ran").exists()
@@ -198,7 +209,8 @@ def test_a_folder_with_a_hole_or_with_code_is_one_line_and_nothing_runs(epsilon_
 
 @pytest.mark.parametrize("settings", [
     dict(time_cond_proj_dim=16), dict(class_embed_type="timestep"), dict(num_class_embeds=3), dict(in_channels=9),
-    dict(out_channels=8), dict(addition_embed_type="text", addition_embed_type_num_heads=4), dict(attention_type="gated"),
+    dict(out_channels=8), dict(addition_embed_type="text", addition_embed_type_num_heads=4),
+    dict(attention_type="gated"),
     dict(cross_attention_dim=48)])
 def test_a_network_that_asks_for_more_or_gives_something_else_is_refused(tmp_path, settings):
     with pytest.raises(ValueError, match="^--model .*(asks for more|do not fit|predicts)") as error:
@@ -208,7 +220,8 @@ def test_a_network_that_asks_for_more_or_gives_something_else_is_refused(tmp_pat
 
 def test_a_folder_of_one_variant_is_loaded_and_a_null_size_is_given_by_resolution(epsilon_model, tmp_path):
     plain = load_pipeline(epsilon_model, "cpu")
-    StableDiffusionPipeline.from_pretrained(epsilon_model).to(torch.float16).save_pretrained(tmp_path / "model", variant="fp16")
+    theirs = StableDiffusionPipeline.from_pretrained(epsilon_model).to(torch.float16)
+    theirs.save_pretrained(tmp_path / "model", variant="fp16")
     edited("unet/config.json", sample_size=None)(tmp_path / "model")
     half = load_pipeline(str(tmp_path / "model"), "cpu", resolution=16)
     assert latents_shape(half) == latents_shape(plain) == (4, 8, 8)
@@ -256,10 +269,12 @@ def test_the_divergence_is_zero_at_the_base_model_and_positive_away_from_it(epsi
 def test_a_divergence_weight_holds_the_model_back(epsilon_model, tmp_path):
     moved = []
     for kl in (0.0, 1e4):
-        folder = ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}", **SMALL | dict(epochs=3, updates=4, kl=kl)))
+        folder = ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}",
+                                   **SMALL | dict(epochs=3, updates=4, kl=kl)))
         settings = SMALL | dict(epochs=3, updates=4, kl=kl or 1.0)
         run = ddpo.prepare(Config(model=epsilon_model, out=str(tmp_path), name=f"kl{kl}", **settings), resume=True)
-        moved.append(kl_loss(predict(run.pipeline.unet, *inputs(run)), reference_output(run, *inputs(run)), 4.0).mean().item())
+        outputs = predict(run.pipeline.unet, *inputs(run)), reference_output(run, *inputs(run))
+        moved.append(kl_loss(*outputs, 4.0).mean().item())
     assert ("kl" in read_metrics(folder / "metrics.jsonl")[-1]) and moved[1] < 0.5 * moved[0]
 
 
@@ -269,7 +284,8 @@ def test_the_divergence_joins_the_fused_kernels_gradient(epsilon_model, tmp_path
     for backend in ("torch", "triton"):
         monkeypatch.setattr(ddpo.kernels, "BACKEND", "auto")
         settings = SMALL | dict(images=4, steps=2, kl=1e3, warmup=0, ema=0.0, kernels=backend, device="")
-        trained[backend] = weights(ddpo.train(Config(model=epsilon_model, out=str(tmp_path), name=backend, **settings)))
+        config = Config(model=epsilon_model, out=str(tmp_path), name=backend, **settings)
+        trained[backend] = weights(ddpo.train(config))
     difference = max((trained["torch"][key] - trained["triton"][key]).abs().max() for key in trained["torch"])
     assert difference <= 1e-4  # without the divergence: 1.7e-3
 
@@ -291,7 +307,8 @@ def test_equal_step_weights_take_out_what_the_schedule_multiplies_a_steps_gradie
     weighted = step_weights(table, steps, "equal")
     gradient = table[:, 1].abs() / table[:, 2]  # of log p in the output, for noise of size 1
     torch.testing.assert_close(weighted * gradient, torch.full((20,), (weighted * gradient)[0].item()))
-    assert weighted.mean().item() == pytest.approx(1) and step_weights(table, steps, "none").tolist() == [1] * 20
+    assert weighted.mean().item() == pytest.approx(1)
+    assert step_weights(table, steps, "none").tolist() == [1] * 20
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -309,25 +326,29 @@ def test_every_preset_is_possible_and_explicit_flags_win(preset, tmp_path):
 
 
 def test_the_whole_unet_of_another_model_has_a_smaller_learning_rate():
-    rates = {(model, rank): ddpo.check(Config(model=model, lora_rank=rank, device="cpu")).lr for model in ("models/emoji", "sd") for rank in (0, 4)}
+    rates = {(model, rank): ddpo.check(Config(model=model, lora_rank=rank, device="cpu")).lr
+             for model in ("models/emoji", "sd") for rank in (0, 4)}
     assert rates == {("models/emoji", 0): 1e-4, ("models/emoji", 4): 3e-3, ("sd", 0): 1e-5, ("sd", 4): 3e-4}
 
 
 @pytest.mark.parametrize("arguments, names", [
-    (["--window", "5:3"], "window"), (["--window", "x"], "window"), (["--window", "0:99"], "window"), (["--kl", "-1"], "kl"),
-    (["--ema", "1"], "ema"), (["--guard", "-1"], "guard"), (["--patience", "0"], "patience"), (["--cuda-graph"], "cuda-graph"),
-    (["--train-first", "0"], "train-first"), (["--step-weights", "odd"], "step-weights"), (["--optimizer", "sgd"], "optimizer"),
+    (["--window", "5:3"], "window"), (["--window", "x"], "window"), (["--window", "0:99"], "window"),
+    (["--kl", "-1"], "kl"), (["--ema", "1"], "ema"), (["--guard", "-1"], "guard"),
+    (["--patience", "0"], "patience"), (["--cuda-graph"], "cuda-graph"),
+    (["--train-first", "0"], "train-first"), (["--step-weights", "odd"], "step-weights"),
+    (["--optimizer", "sgd"], "optimizer"),
     (["--eval-prompts", "no_such"], "no_such"), (["--model", "SDXL"], "not a text-to-image Stable Diffusion"),
     (["--model", "FLUX"], "cannot be loaded"),
 ])
 def test_what_cannot_work_is_one_line(tmp_path, capsys, arguments, names):
     if "SDXL" in arguments:
-        arguments[1] = save_pipeline(tmp_path / "xl", addition_embed_type="text_time", addition_time_embed_dim=8,
-                                     projection_class_embeddings_input_dim=80)
+        arguments[1] = save_pipeline(tmp_path / "xl", addition_embed_type="text_time",
+                                     addition_time_embed_dim=8, projection_class_embeddings_input_dim=80)
     if "FLUX" in arguments:
         shutil.copytree(save_pipeline(tmp_path / "flux"), tmp_path / "model")
         index = tmp_path / "model/model_index.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"unet": ["diffusers", "FluxTransformer2DModel"]}))
+        other = {"unet": ["diffusers", "FluxTransformer2DModel"]}
+        index.write_text(json.dumps(json.loads(index.read_text()) | other))
         arguments[1] = str(tmp_path / "model")
     with pytest.raises(SystemExit) as stop:
         ddpo.main(["--out", str(tmp_path / "runs"), "--device", "cpu", "--epochs", "1", *arguments])
