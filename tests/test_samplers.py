@@ -407,7 +407,7 @@ def test_a_sampler_or_window_that_cannot_be_is_one_line(settings, names):
 
 
 def test_a_window_of_steps_without_noise_is_refused_before_a_folder_is_made(flow_folder, tmp_path):
-    with pytest.raises(ValueError, match="every step of 3:4 is deterministic"):
+    with pytest.raises(ValueError, match="from 3 to 4 .* deterministic"):
         ddpo.train(ddpo.Config(model=flow_folder, out=str(tmp_path / "runs"), window="0:1",
                                window_shift="1/1", epochs=1, **SMALL))
     assert not (tmp_path / "runs").exists()
