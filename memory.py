@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DMod
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewards import parse_reward
-from settings import PRESETS, watched
+from settings import PRESETS, Settings, parse_config, watched
 
 GB = 1e9
 CONTEXT = 0.7 * GB
@@ -140,8 +140,6 @@ def peak_memory(config, world=1, pipeline=None):
     time.
 
     pipeline: as load_pipeline gives it; without one, config.model is one of NETWORKS."""
-    from training import make_trainable
-
     facts = preset_facts(config) if pipeline is None else pipeline_facts(pipeline)
     (kind, network), (vae_kind, vae), readers, shapes, latents_shape = facts
     dtype, whole = models.DTYPES[config.dtype or "bf16"], not config.lora_rank
@@ -151,7 +149,7 @@ def peak_memory(config, world=1, pipeline=None):
         network, vae = kind.from_config(network), vae_kind.from_config(vae)
         network.to(torch.float32 if whole else dtype).requires_grad_(False)
         total = sum(p.numel() for p in network.parameters())
-        trained = sum(p.numel() for p in make_trainable(network, config))
+        trained = sum(p.numel() for p in models.make_trainable(network, config))
     decoder = 4 * sum(p.numel() for p in vae.parameters())
     two_passes = config.guidance_scale > 1 and config.train_guidance and not is_flux
     rows = config.train_batch * (2 if two_passes else 1)
@@ -196,14 +194,12 @@ def estimate(config, world=1, pipeline=None):
 
 
 def main(arguments=None):
-    import ddpo
-
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = [["--preset", name] for name in PRESETS if name != "emoji"]
     if "--preset" in arguments:
         chosen = [[]]
     for preset in chosen:
-        config, _ = ddpo.parse_config([*preset, *arguments])
+        config, _ = parse_config([*preset, *arguments], Settings, PRESETS, __doc__)
         world = 8 if config.preset.endswith("8gpu") else 1
         print(f"{config.preset}: {estimate(config, world)}", flush=True)
 

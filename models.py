@@ -247,13 +247,13 @@ def set_resolution(pipeline, model, resolution):
 
 @torch.no_grad()
 def try_out(pipeline, model, dtype):
-    """One prediction on small latents: what does not fit together, or is not finite, is found
-    before a run begins."""
+    """One prediction on small latents, of two pictures because group norms need two numbers: what does
+    not fit together, or is not finite, is found before a run begins."""
     network, device = denoiser(pipeline), denoiser(pipeline).device
-    latents = torch.zeros(1, latents_shape(pipeline)[0], 8, 8, device=device)
+    latents = torch.zeros(2, latents_shape(pipeline)[0], 8, 8, device=device)
     try:
-        inputs = condition(pipeline, [""], 1.0)
-        output = predict(network, latents, torch.full((1,), 500, device=device), *inputs[:2], dtype)
+        inputs = condition(pipeline, ["", ""], 1.0)
+        output = predict(network, latents, torch.full((2,), 500, device=device), *inputs[:2], dtype)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"--model {model}: its parts do not fit together "
                          f"({first_line(error)})") from error
@@ -373,6 +373,33 @@ def lora_targets(network):
     if not isinstance(network, UNet2DConditionModel):
         targets += ",add_q_proj,add_k_proj,add_v_proj,to_add_out"
     return targets
+
+
+def make_trainable(network, config):
+    """The parameters to train, in float32, whatever the frozen ones are in."""
+    if config.lora_rank:
+        from peft import LoraConfig
+
+        wanted = config.lora_targets or lora_targets(network)
+        targets = [target.strip() for target in wanted.split(",")]
+        names = [name for name, _ in network.named_modules() if name]
+        for target in targets:  # peft is content when one of them is there
+            if not any(f".{name}".endswith(f".{target}") for name in names):
+                raise ValueError(f"--lora-targets {wanted}: no layer of the {type(network).__name__} is "
+                                 f"called {target!r}; choose such as {lora_targets(network)}")
+        torch.manual_seed(config.seed)  # the adapter starts the same on every process
+        try:
+            network.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
+                                           init_lora_weights="gaussian", target_modules=targets))
+        except (ValueError, TypeError) as error:  # a layer that is neither linear nor a convolution
+            raise ValueError(f"--lora-targets {wanted}: {first_line(error)}; choose such as "
+                             f"{lora_targets(network)}") from error
+    else:
+        network.requires_grad_(True)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    for p in parameters:
+        p.data = p.data.float()
+    return parameters
 
 
 def latents_shape(pipeline):

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from memory import estimate
-from models import (blocks, condition, denoiser, first_line, lora_targets, main_tokenizer, passes,
+from models import (blocks, condition, denoiser, main_tokenizer, make_trainable, passes,
                     schedule_inputs, text_encoders)
 from processes import RunStopped, gather, seeded, sum_gradients
 from prompts import cut_notice, load_prompts, sample_prompts, set_names
@@ -76,33 +76,6 @@ class Run:
     scorer: object = None  # a thread that computes rewards, or None
     track: object = None
     bar: object = None  # progress bar of the epochs
-
-
-def make_trainable(network, config):
-    """The parameters to train, in float32, whatever the frozen ones are in."""
-    if config.lora_rank:
-        from peft import LoraConfig
-
-        wanted = config.lora_targets or lora_targets(network)
-        targets = [target.strip() for target in wanted.split(",")]
-        names = [name for name, _ in network.named_modules() if name]
-        for target in targets:  # peft is content when one of them is there
-            if not any(f".{name}".endswith(f".{target}") for name in names):
-                raise ValueError(f"--lora-targets {wanted}: no layer of the {type(network).__name__} is "
-                                 f"called {target!r}; choose such as {lora_targets(network)}")
-        torch.manual_seed(config.seed)  # the adapter starts the same on every process
-        try:
-            network.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
-                                           init_lora_weights="gaussian", target_modules=targets))
-        except (ValueError, TypeError) as error:  # a layer that is neither linear nor a convolution
-            raise ValueError(f"--lora-targets {wanted}: {first_line(error)}; choose such as "
-                             f"{lora_targets(network)}") from error
-    else:
-        network.requires_grad_(True)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    for p in parameters:
-        p.data = p.data.float()
-    return parameters
 
 
 def make_optimizer(parameters, config):

@@ -400,6 +400,7 @@ def countless(observations, generator):
 
 def test_a_run_does_not_write_over_another_and_says_how_to_go_on(tmp_path, capsys):
     (tmp_path / "control").mkdir()
+    (tmp_path / "control/config.json").write_text("{}")
     with pytest.raises(SystemExit) as stop:
         control.main(["--out", str(tmp_path)])
     assert stop.value.code == 2 and f"--resume {tmp_path / 'control'}" in capsys.readouterr().err
