@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import models  # noqa: F401  first: it quiets diffusers
+
 import torch
 from diffusers import DDIMScheduler
 from torch import nn

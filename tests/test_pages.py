@@ -76,11 +76,10 @@ def between(text, name):
     return re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.S)[1]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "results").glob("*/*.md")))
-def test_the_results_show_the_committed_tables(name):
-    (file,) = (ROOT / "results").glob(f"*/{name}.md")
-    table = file.read_text()
-    assert between((ROOT / "results/README.md").read_text(), name) == table
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*/*.md")), ids=lambda file: file.stem)
+def test_the_results_show_the_committed_tables(file):
+    marker = "emoji-flow" if file.parent.name == "emoji-flow" else file.stem
+    assert between((ROOT / "results/README.md").read_text(), marker) == file.read_text()
 
 
 def test_the_headline_is_that_of_the_committed_numbers():
