@@ -250,17 +250,18 @@ def draw_algorithms(runs, results, out):
             measured = {
                 "before": before, "after": after, "half_width_95": half, "seeds": len(logs),
             }  # fmt: skip
-            recognised = ""
+            recognised, several = "", len(logs) > 1  # one seed has no interval
             if "eval_clip_top1" in first:
                 top1, its_half = interval(last["eval_clip_top1"] for _, last in ends)
-                recognised = f"{first['eval_clip_top1']:.2f} → {top1:.2f} ± {its_half:.2f}"
+                recognised = f"{first['eval_clip_top1']:.2f} → {top1:.2f}"
+                recognised += f" ± {its_half:.2f}" * several
                 measured["top1"] = top1
             numbers[f"{reward} {algorithm}"] = measured
             change = f"{(after - before) / abs(before):+.1%}"
-            shown = f"{before:.3f}", f"{after:.3f} ± {half:.3f}", change, recognised
-            rows.append([reward, algorithm, *shown])
+            after = f"{after:.3f}" + f" ± {half:.3f}" * several
+            rows.append([reward, algorithm, f"{before:.3f}", after, change, recognised])
         axis.set(title=reward, xlabel="pictures sampled", ylabel="reward of the sampled pictures")
-        axis.legend(fontsize=8)
+    axes[len(rewards) - 1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save_figure(figure, results / "algorithms.png")
     return table(["reward", "algorithm", "before", "after", "change", "top-1"], rows), numbers
 
