@@ -316,11 +316,11 @@ if __name__ == "__main__":
     import argparse
 
     parser = argparse.ArgumentParser(description="Score pictures from disk, a line each.")
-    parser.add_argument("pictures", nargs="+")
+    parser.add_argument("pictures", nargs="+", help="picture files")
     parser.add_argument("--reward", default="compress",
                         help="as in ddpo.py; a mixture's components are printed one by one")
     parser.add_argument("--prompt", default="", help="what the pictures should show")
-    parser.add_argument("--device", default=None)
+    parser.add_argument("--device", help="of the rewards' models (default: cuda, or else cpu)")
     args = parser.parse_args()
     try:
         rewards = {name: get_reward(name, args.device) for name in parse_reward(args.reward)}

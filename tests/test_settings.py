@@ -1,0 +1,31 @@
+"""Claims about the command line: each setting is explained where it is defined, and shown under --help."""
+
+import re
+from dataclasses import fields
+from importlib import import_module
+
+import pytest
+
+from settings import field_comments
+
+
+@pytest.mark.parametrize("script", ["ddpo", "rwr", "forward", "control", "control_loop"])
+def test_every_flag_has_a_sentence_which_is_the_comment_in_the_source(script, capsys):
+    module = import_module(script)
+    comments = dict(entry for _, entries in field_comments(module.Config) for entry in entries)
+    assert list(comments) and set(comments) == {field.name for field in fields(module.Config)}
+    with pytest.raises(SystemExit):
+        module.parse_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, comment in comments.items():
+        assert len(comment) >= 8, f"{name}: {comment}"
+        assert "--" + name.replace("_", "-") in shown
+        start = " ".join(re.split(r"\s", comment)[:4])
+        assert start in shown, f"{name}: {comment}"
+
+
+def test_a_setting_that_a_loop_gives_another_default_is_explained_once_by_the_loop():
+    from rwr import Config
+
+    groups = dict(field_comments(Config))
+    assert "inner_epochs" in dict(groups["RWR"]) and "inner_epochs" not in dict(groups["updates"])
