@@ -1,7 +1,6 @@
 """Claims about one epoch of ddpo.py, on a tiny random pipeline: its gradient, its sums, what it restores."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -168,23 +167,18 @@ def test_offload_keeps_what_waits_in_the_computers_memory(model, tmp_path, monke
         return real(module, *where, **how)
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    run = ddpo.prepare(Config(model=model, out=str(tmp_path), **SMALL | dict(offload=True)))
-    home = [
-        move for move in moves if move[1] == "cpu" and move[0] in ("CLIPTextModel", "AutoencoderKL")
-    ]
-    assert {name for name, _ in home} >= {"CLIPTextModel", "AutoencoderKL"}
+    sent = {}  # how often each part was sent to the CPU while the run was set up
+    for offload in (False, True):
+        del moves[:]
+        settings = SMALL | dict(offload=offload, name=f"offload-{offload}")
+        run = ddpo.prepare(Config(model=model, out=str(tmp_path), **settings))
+        for name in ("CLIPTextModel", "AutoencoderKL"):
+            sent[name, offload] = moves.count((name, "cpu"))
+    for name in ("CLIPTextModel", "AutoencoderKL"):
+        assert sent[name, True] == sent[name, False] + 1
     del moves[:]
-    copied = []
-    monkeypatch.setattr(
-        torch.Tensor,
-        "cpu",
-        lambda tensor, real=torch.Tensor.cpu: copied.append(tensor.shape) or real(tensor),
-    )
+    copied, copy = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: copied.append(x.shape) or copy(x))
     training.collect(run, 1)
-    assert (
-        copied.count(torch.Size([4, 5, 4, 8, 8])) == 2
-    )  # the trajectories of two sampling batches
-    assert [name for name, _ in moves].count(
-        "AutoencoderKL"
-    ) >= 2 * 2  # there and back for each batch
-    assert math.isfinite(sum(p.sum().item() for p in run.parameters))
+    assert copied.count(torch.Size([4, 5, 4, 8, 8])) == 2  # the trajectories of two batches
+    assert [name for name, _ in moves].count("AutoencoderKL") == 2 * 2  # there and back for each
