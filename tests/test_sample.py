@@ -14,7 +14,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from PIL import Image
 
-import models
 import sample
 from run_folder import save_weights
 from sample import ddim_step, ddim_table, decode, encode_prompts, load_pipeline, predict, sample_trajectories
