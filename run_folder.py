@@ -303,7 +303,8 @@ def plot_rewards(rows, config, path):
                  xlabel="images sampled")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.tight_layout()
+    count = len(metrics)  # fixed margins: tight_layout draws everything twice, after each epoch
+    figure.subplots_adjust(left=0.2 / count, right=1 - 0.06 / count, bottom=0.16, top=0.9, wspace=0.28)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
 
