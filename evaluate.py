@@ -67,8 +67,9 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
         images = rollout(run, batch, [(0, 0, i) for i in index.tolist()], bar, eta).images
         batches.append(score(run, images, batch))
         if "clip" in run.rewards:
-            batches[-1]["clip_top1"] = clip_top1(images, batch, candidates, run.device).float()
-            embeddings += clip_image_embeddings(images, run.device)
+            embedded = clip_image_embeddings(images, run.device)
+            batches[-1]["clip_top1"] = clip_top1(embedded, batch, candidates, run.device).float()
+            embeddings += embedded
         shown = [i % 2 == 0 and i < 16 for i in index.tolist()]  # one of each pair
         pictures += [image.cpu() for image, is_shown in zip(images, shown) if is_shown]
     pictures, embeddings = gather(pictures), gather(embeddings)

@@ -131,10 +131,11 @@ def clip_image_embeddings(images, device=None, model=EMOJI_CLIP):
 def clip_top1(images, prompts, candidates, device=None, model=EMOJI_CLIP):
     """Zero-shot recognition: is a picture's prompt the nearest of the candidates?
 
-    (B,) bool, on the CPU.
+    (B,) bool, on the CPU. images: pictures, or their embeddings as clip_image_embeddings gives them.
     """
     network = load_clip(model, pick_device(device))
-    nearest = (embed_images(network, images) @ embed_texts(network, candidates).T).argmax(1)
+    embedded = embed_images(network, images) if images.dim() == 4 else images.to(network[0].device)
+    nearest = (embedded @ embed_texts(network, candidates).T).argmax(1)
     return torch.tensor([candidates[i] == prompt for i, prompt in zip(nearest.tolist(), prompts)])
 
 
