@@ -5,7 +5,6 @@ behind a field is also its text in `--help`, and a comment line above some field
 """
 
 import argparse
-import functools
 import importlib.util
 import inspect
 import math
@@ -259,7 +258,6 @@ def check_machine(config):
     config.dtype = config.dtype or ("fp32" if config.device == "mps" else "bf16")
 
 
-@functools.cache  # a parsed source takes a tenth of a second
 def field_comments(config_class):
     """[(heading, [(field name, comment)])] of a dataclass and those it inherits from, as in their source.
 
