@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from processes import gather
 from prompts import load_prompts, set_names
-from rewards import clip_image_embeddings, clip_top1
+from rewards import clip_image_embeddings, embeddings_top1
 from run_folder import draw_progress, picture_grid, save_picture
 from settings import watched
 from training import averaged, close, log, progress_bar, rollout, save, score, shard
@@ -67,9 +67,7 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
         images = rollout(run, batch, [(0, 0, i) for i in index.tolist()], bar, eta).images
         batches.append(score(run, images, batch))
         if "clip" in run.rewards:
-            embedded = clip_image_embeddings(images, run.device)
-            batches[-1]["clip_top1"] = clip_top1(embedded, batch, candidates, run.device).float()
-            embeddings += embedded
+            embeddings += clip_image_embeddings(images, run.device)
         shown = [i % 2 == 0 and i < 16 for i in index.tolist()]  # one of each pair
         pictures += [image.cpu() for image, is_shown in zip(images, shown) if is_shown]
     pictures, embeddings = gather(pictures), gather(embeddings)
@@ -77,6 +75,10 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
     for name in batches[0]:
         mine = torch.cat([scores[name] for scores in batches])
         values[name] = torch.tensor(gather(mine.tolist()))
+    if embeddings:
+        embeddings = torch.stack(embeddings)
+        top1 = embeddings_top1(embeddings, prompts, candidates, run.device)
+        values["clip_top1"] = top1.float()
     trained = sum(weight * values[name] for name, weight in run.components.items())
     row = {f"{view}_reward": trained.mean().item()}
     for name, value in values.items():
@@ -85,8 +87,8 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
     if epoch == 0:
         for name in watched(config):
             row[f"{view}_{name}_std"] = values[name].std(correction=0).item()
-    if embeddings and len(prompts) > 1:
-        row[f"{view}_diversity"] = diversity(torch.stack(embeddings), prompts)
+    if len(embeddings) > 1:
+        row[f"{view}_diversity"] = diversity(embeddings, prompts)
     if view == "eval" and run.rank == 0:
         titles = prompts[:16:2] if epoch == 0 else None
         strip = picture_grid([torch.stack(pictures)], [f"epoch {epoch}"], titles)

@@ -131,11 +131,17 @@ def clip_image_embeddings(images, device=None, model=EMOJI_CLIP):
 def clip_top1(images, prompts, candidates, device=None, model=EMOJI_CLIP):
     """Zero-shot recognition: is a picture's prompt the nearest of the candidates?
 
-    (B,) bool, on the CPU. images: pictures, or their embeddings as clip_image_embeddings gives them.
+    (B,) bool, on the CPU.
     """
+    embeddings = clip_image_embeddings(images, device, model)
+    return embeddings_top1(embeddings, prompts, candidates, device, model)
+
+
+def embeddings_top1(embeddings, prompts, candidates, device=None, model=EMOJI_CLIP):
+    """clip_top1 of pictures of which clip_image_embeddings has made embeddings, (B, D)."""
     network = load_clip(model, pick_device(device))
-    embedded = embed_images(network, images) if images.dim() == 4 else images.to(network[0].device)
-    nearest = (embedded @ embed_texts(network, candidates).T).argmax(1)
+    texts = embed_texts(network, candidates)
+    nearest = (embeddings.to(texts.device) @ texts.T).argmax(1)
     return torch.tensor([candidates[i] == prompt for i, prompt in zip(nearest.tolist(), prompts)])
 
 
