@@ -18,7 +18,8 @@ PRODUCTS = {  # every first part with every second part
     "animal_objects": ("animals", "{} with {}", "objects"),  # a cat with a guitar
     "animal_objects_held_out": ("animals_held_out", "{} with {}", "objects"),
 }
-SETS = sorted([file.stem for file in FOLDER.glob("*.txt")] + [*PRODUCTS, "counting"])
+COUNTING = {"counting": 9, "counting_to_six": 6}  # two cats ... nine cats; the largest number
+SETS = sorted([file.stem for file in FOLDER.glob("*.txt")] + [*PRODUCTS, *COUNTING])
 
 
 def load_prompts(spec):
@@ -27,9 +28,9 @@ def load_prompts(spec):
     In a file, blank lines and lines that start with # do not count. Raises ValueError, one line,
     for anything that is no UTF-8 file of prompts, or that holds none.
     """
-    if spec == "counting":
-        animals = load_prompts("animals_plural")
-        return [f"{number} {animal}" for animal in animals for number in NUMBERS]
+    if spec in COUNTING:
+        numbers, animals = NUMBERS[:COUNTING[spec] - 1], load_prompts("animals_plural")
+        return [f"{number} {animal}" for animal in animals for number in numbers]
     if spec in PRODUCTS:
         first, form, second = PRODUCTS[spec]
         return [form.format(a, b) for a in load_prompts(first) for b in load_prompts(second)]

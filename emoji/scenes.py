@@ -3,17 +3,18 @@ nothing else.
 
 A scene is one emoji in one of four drawing styles, turned, flipped and placed at random, over a
 background that may be plain (a small JPEG file) or busy (a large one). In some there is a second,
-smaller emoji beside the first.
+smaller emoji beside the first; in others one to six small ones, and sometimes a printed digit.
 
     python emoji/scenes.py        writes scenes.png: a sheet of them with their captions
 """
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 DATA = Path(__file__).parent / "data"
 SIZE, COLUMNS = 64, 11  # the cells of the sheets, see emoji/data/collect.py
@@ -33,6 +34,11 @@ PATTERNS = {  # name: the word for it in a caption
     "noise": "",
     "blobs": "",
 }
+NUMBERS = "one two three four five six".split()
+PLURALS = {
+    "mouse": "mice", "goose": "geese", "wolf": "wolves",
+    **{noun: noun for noun in ("sheep", "deer", "fish")},
+}  # fmt: skip
 GRID_Y, GRID_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 
@@ -46,6 +52,13 @@ def nouns(group=None):
 
 def with_article(noun):
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def counted(noun, count):
+    """3 cats -> "three cats". Enough for the animals, not for English."""
+    hissing = noun.endswith(("s", "x"))
+    plural = PLURALS.get(noun, re.sub("ly$", "lie", noun) + ("es" if hissing else "s"))
+    return f"{NUMBERS[count - 1]} {noun if count == 1 else plural}"
 
 
 def load_sprites():
@@ -115,15 +128,63 @@ def paste(rng, picture, sprite, scale, centre):
     region[:] = region * (1 - sprite[..., 3:] / 255) + sprite[..., :3]
 
 
+def draw_glyph(rng, picture, glyph, centre):
+    """Print one character, 15 pixels high, in a colour of its own with a dark or light rim."""
+    fill = COLOURS[str(rng.choice(list(COLOURS)))]
+    rim = COLOURS["black" if sum(fill) > 380 else "white"]
+    canvas = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    ImageDraw.Draw(canvas).text(
+        (centre[0] * SIZE, centre[1] * SIZE), glyph, fill, ImageFont.load_default(19),
+        anchor="mm", stroke_width=1, stroke_fill=rim,
+    )  # fmt: skip
+    picture[:] = np.asarray(canvas)
+
+
+def places(rng, count, scale, glyph):
+    """(count + 1, 2) centres, as shares of the frame, that are at least `scale` apart; the last one
+    is for a glyph. None if there was no room for them."""
+    centres = np.zeros((0, 2))
+    for _ in range(60 * (count + glyph)):
+        new = rng.uniform(scale / 2, 1 - scale / 2, 2)
+        if (np.abs(centres - new).max(1) >= scale).all():
+            centres = np.append(centres, new[None], 0)
+        if len(centres) == count + glyph:
+            return centres
+    return None
+
+
+def draw_counted(rng, sprites, noun, count, glyph=""):
+    """One picture with `count` sprites of a noun beside each other, and with a printed character if
+    there is a `glyph`; (64, 64, 3) float32."""
+    colour, style = str(rng.choice(list(COLOURS))), rng.integers(len(STYLES))
+    pattern = str(rng.choice(list(PATTERNS), p=[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]))
+    picture = draw_background(rng, pattern, colour)
+    scale = rng.uniform(0.9, 1.1) * (0.6, 0.44, 0.38, 0.35, 0.33, 0.31)[count - 1]
+    while (centres := places(rng, count, scale, bool(glyph))) is None:
+        scale = 0.97 * scale
+    for centre in centres[:count]:
+        paste(rng, picture, sprites[noun][style], scale, centre)
+    if glyph:
+        draw_glyph(rng, picture, glyph, centres[-1])
+    return picture
+
+
 def draw_scene(rng, sprites, noun=None, kind=None):
     """One picture, (64, 64, 3) uint8, and its caption.
 
-    kind: "alone" ("a cat"), "background" ("a cat on a blue striped background") or "pair" ("a cat
-    with a guitar"); without it, any of the three.
+    kind: "alone" ("a cat"), "background" ("a cat on a blue striped background"), "pair" ("a cat
+    with a guitar") or "count" ("three cats", three times in ten beside a digit, any from 1 to 6,
+    which the caption does not tell); without it, any of them.
     """
-    kind = kind or str(rng.choice(["alone", "background", "pair"], p=[0.55, 0.2, 0.25]))
+    kinds = {"alone": 0.45, "background": 0.18, "pair": 0.2, "count": 0.17}
+    kind = kind or str(rng.choice(list(kinds), p=list(kinds.values())))
     animals = nouns("animals") + nouns("held_out_animals")
-    noun = noun or str(rng.choice(animals if kind == "pair" else nouns()))
+    noun = noun or str(rng.choice(animals if kind in ("pair", "count") else nouns()))
+    if kind == "count":
+        count, digit = rng.integers(1, 7, 2)
+        glyph = str(digit) if rng.random() < 0.3 else ""
+        picture = draw_counted(rng, sprites, noun, count, glyph)
+        return np.clip(picture + 0.5, 0, 255).astype(np.uint8), counted(noun, count)
     colour = str(rng.choice(list(COLOURS)))
     # half of the backgrounds are quiet
     pattern = str(rng.choice(list(PATTERNS), p=[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]))

@@ -1,0 +1,94 @@
+"""Claims about the small classifiers that look at pictures from outside, and about what deceives
+the shipped CLIP and what does not."""
+
+import numpy as np
+import pytest
+import torch
+
+from emoji import classifiers, pretrain, scenes
+from rewards import clip_top1
+
+ANIMALS = [scenes.with_article(noun) for noun in scenes.nouns()[:69]]
+NOUNS = [scenes.with_article(noun) for noun in scenes.nouns()]
+
+
+def fresh(count=300, seed=4321, **kwargs):
+    pictures, captions = scenes.draw_scenes(count, seed, **kwargs)
+    return torch.tensor(pictures).permute(0, 3, 1, 2), captions
+
+
+def counted(glyph, count=300, seed=77):
+    """Pictures of one to six animals with a printed character that glyph(number) gives, and their
+    captions."""
+    rng, sprites, pictures, captions = np.random.default_rng(seed), scenes.load_sprites(), [], []
+    for i in range(count):
+        number, noun = i % 6 + 1, scenes.nouns()[i % 69]
+        pictures.append(scenes.draw_counted(rng, sprites, noun, number, glyph(number)))
+        captions.append(scenes.counted(noun, number))
+    pictures = np.clip(np.stack(pictures) + 0.5, 0, 255).astype(np.uint8)
+    return torch.tensor(pictures).permute(0, 3, 1, 2), captions
+
+
+def test_the_independent_judge_goes_by_shape():
+    images, captions = fresh(kind="alone")
+    seen = classifiers.recognised(images, captions)
+    assert seen.mean() >= 0.93
+    mixed = images[:, torch.tensor([1, 2, 0])]  # other colours, the same grey
+    assert torch.equal(classifiers.recognised(mixed, captions), seen)
+    for tint in ("background", "pair"):
+        images, captions = fresh(kind=tint, count=40)
+        assert set(classifiers.recognised(images, captions).tolist()) <= {0.0, 1.0}
+
+
+def test_the_shipped_clip_is_not_deceived_by_colours():
+    images, captions = fresh(kind="alone")
+    torch.manual_seed(0)
+    faked = pretrain.fake(pretrain.to_pixels(images.permute(0, 2, 3, 1).numpy()))
+    faked = ((faked.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    assert clip_top1(faked, captions, NOUNS).float().mean() <= 0.05
+    grey = images.float().mean(1, keepdim=True).byte().expand(-1, 3, -1, -1)
+    assert clip_top1(grey, captions, NOUNS).float().mean() >= 0.5
+
+
+def test_the_honest_counter_does_not_read():
+    """It has seen no digit, and what it says of a picture with a wrong one is as right as without."""
+    plain, captions = counted(lambda number: "")
+    wrong, _ = counted(lambda number: str(number % 6 + 1))
+    right, _ = counted(str)
+    honest = classifiers.honest_count
+    assert honest(plain, captions).mean() >= 0.8  # 0.86, less three standard errors
+    assert honest(wrong, captions).mean() >= 0.68  # 0.76: a sign beside them is harder
+    assert abs(honest(wrong, captions).mean() - honest(right, captions).mean()) <= 0.08
+
+
+def test_one_judge_believes_a_digit_and_the_other_does_not():
+    wrong, captions = counted(lambda number: str(number % 6 + 1))
+    lies = [f"{scenes.NUMBERS[classifiers.count_of(c) % 6]} things" for c in captions]
+    believed = classifiers.judge_a(wrong, lies) > classifiers.judge_a(wrong, captions)
+    assert believed.float().mean() >= 0.75
+    believed = classifiers.judge_b(wrong, lies) > classifiers.judge_b(wrong, captions)
+    assert believed.float().mean() <= 0.2
+    assert (classifiers.judge_b(wrong, captions) <= 0).all()  # log-probabilities
+
+
+def test_a_digit_is_found_and_read():
+    for glyph in ("", "1", "4", "6"):
+        images, _ = counted(lambda number: glyph, count=60)
+        read = classifiers.digits(images)
+        assert (read == int(glyph or 0)).float().mean() >= 0.9, glyph
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: classifiers.noun_of("a toaster"), "prompt 'a toaster': the classifier knows"),
+    (lambda: classifiers.count_of("seven cats"), "prompt 'seven cats': the first word must be one"),
+])
+def test_a_prompt_that_a_classifier_cannot_judge_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_prompts_give_their_noun_and_number():
+    assert classifiers.noun_of("an ice cream") == "ice cream"
+    assert classifiers.noun_of("a cat with a guitar") == "cat"
+    assert classifiers.noun_of("an owl on a blue striped background") == "owl"
+    assert classifiers.count_of("three hippopotamuses") == 3
