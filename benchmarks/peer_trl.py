@@ -64,23 +64,25 @@ EMOJI = dict(
     guidance_scale=4.0,
 )  # fmt: skip
 SD15 = dict(images=16, sample_batch=8, train_batch=4, updates=2, steps=10, guidance_scale=5.0)
-EQUAL = dict(lora_rank=4, lr=3e-4, seed=0)  # in TRL the rank is a constant
+EQUAL = dict(lora_rank=4, lr=3e-4, seed=0)
 
 
-def trl_worker(settings):
-    """Train as TRL does; before each epoch wait for a line, after each print a line of JSON. Runs
-    in TRL's environment."""
+def make_trainer(settings, reward, draw_prompt):
+    """TRL's trainer with its model loaded, in TRL's environment. Settings as in EMOJI, EQUAL, and
+    those that time_to_target.py adds; lora_rank 0 is the whole UNet.
+
+    reward, draw_prompt: as TRL wants them. Where draw_prompt gives each prompt group_size times,
+    advantages are relative to the pictures of that prompt."""
     import torch
     from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-
-    from prompts import load_prompts
-    from rewards import get_reward
+    from trl.models import modeling_sd_base
 
     on_cpu = not torch.cuda.is_available()
     # TRL writes to accelerate's log before it has made this, which accelerate refuses
     PartialState(cpu=on_cpu)
     pictures = settings["images"] // settings["updates"]  # of an update
+    group_size = settings.get("group_size", 1)
     config = DDPOConfig(
         mixed_precision={"fp32": "no"}.get(settings["dtype"], settings["dtype"]),
         seed=settings["seed"],
@@ -91,9 +93,36 @@ def trl_worker(settings):
         train_batch_size=settings["train_batch"],
         train_gradient_accumulation_steps=pictures // settings["train_batch"],
         train_learning_rate=settings["lr"],
+        train_clip_range=settings.get("clip_range", 1e-4),
+        train_timestep_fraction=settings.get("timestep_fraction", 1.0),
+        train_num_inner_epochs=settings.get("inner_epochs", 1),
+        train_cfg=settings.get("train_guidance", True),
+        per_prompt_stat_tracking=group_size > 1,
+        per_prompt_stat_tracking_buffer_size=group_size,
+        per_prompt_stat_tracking_min_count=group_size,
         save_freq=10**9,
         accelerator_kwargs={"cpu": on_cpu},
     )
+    rank, lora_config = settings["lora_rank"], modeling_sd_base.LoraConfig
+
+    def lora_config_of_rank(**options):  # in TRL it is a constant
+        return lora_config(**options | {"r": rank, "lora_alpha": rank})
+
+    modeling_sd_base.LoraConfig = lora_config_of_rank
+    pipeline = DefaultDDPOStableDiffusionPipeline(settings["model"], use_lora=rank > 0)
+    trainer = DDPOTrainer(config, reward, draw_prompt, pipeline)
+    trainer.sd_pipeline.set_progress_bar_config(disable=True)  # TRL draws a bar of the steps
+    return trainer
+
+
+def trl_worker(settings):
+    """Train as TRL does; before each epoch wait for a line, after each print a line of JSON. Runs
+    in TRL's environment."""
+    import torch
+
+    from prompts import load_prompts
+    from rewards import get_reward
+
     prompts, compress = load_prompts("animals"), get_reward("compress")
 
     def reward(images, texts, _):
@@ -102,10 +131,7 @@ def trl_worker(settings):
     def draw_prompt():
         return random.choice(prompts), {}
 
-    pipeline = DefaultDDPOStableDiffusionPipeline(settings["model"], use_lora=True)
-    trainer = DDPOTrainer(config, reward, draw_prompt, pipeline)
-    trainer.sd_pipeline.set_progress_bar_config(disable=True)  # TRL draws a bar of the steps
-
+    trainer = make_trainer(settings, reward, draw_prompt)
     seconds, rows = {}, count_rows(trainer.sd_pipeline.unet)
     methods = {
         "seconds_sample": "_generate_samples",

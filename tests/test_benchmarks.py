@@ -1,16 +1,21 @@
 """Claims about the benchmark scripts, in their smallest form: workers take turns, count the same
 work, and the records contain it."""
 
+import functools
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import epoch, peer_trl, sd15
+import ddpo
+from benchmarks import epoch, peer_trl, sd15, time_to_target
 from sample import guided_step, load_pipeline, sample_trajectories
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +103,13 @@ def test_trl_does_the_same_work(tmp_path):
     work = {"rows_sample": ROWS, "rows_update": ROWS, "threads": 1}
     assert record["work"]["ours"] == record["work"]["TRL"] == work
     assert record["versions"]["TRL"]["trl"] == "0.23.1" and "ours over TRL" in printed
+    run("peer_trl.py", *flags, "--dtype", "fp32", **TINY, updates=2)  # a row beside the other
+    records = json.loads(out.read_text())
+    same = records[next(name for name in records if "fp32 in both" in name)]
+    assert len(records) == 2 and same["dtype"] == {"ours": "fp32", "TRL": "fp32"}
+    headings = [line for line in run("peer_trl.py", "--table", "--out", str(out)).splitlines()
+                if line in records]
+    assert headings == list(records)
 
 
 def test_a_ratio_compares_turns_of_the_same_round():
@@ -161,3 +173,322 @@ def test_the_random_model_is_a_stable_diffusion_folder(tmp_path):
     assert trajectories.images.shape == (2, 3, 64, 64)
     assert pipeline.tokenizer.model_max_length == 77
     assert sd15.build(folder) == folder  # it is not made twice
+
+
+# time_to_target.py
+
+TARGET = {"size": 2.0, "recognition": 0.8}
+
+
+def judged(size, recognition, count):
+    return {"size": [size] * count, "recognition": [recognition] * count}
+
+
+def test_the_target_is_met_by_small_pictures_that_are_still_recognised():
+    bases = [{"size": 2.5, "recognition": 0.9}, {"size": 2.4, "recognition": 0.95}]
+    target = time_to_target.target_of(bases)  # of each the harder one
+    assert target == {"size": pytest.approx(1.92), "recognition": pytest.approx(0.855)}
+    for size, recognition, met in (
+        (1.92, 0.86, True), (1.93, 0.86, False), (1.92, 0.85, False), (1.0, 0.0, False)
+    ):  # fmt: skip
+        assert time_to_target.meets({"size": size, "recognition": recognition}, target) == met
+    assert not time_to_target.meets({}, target)  # too few pictures so far
+
+
+def test_small_epochs_are_judged_together():
+    means = time_to_target.means
+    small, large = judged(2.0, 1.0, 32), judged(1.0, 0.0, 96)
+    assert means([small] * 2) == {}
+    assert means([large, small, small]) == pytest.approx({"size": 1.4, "recognition": 0.4})
+    assert means([large, *[small] * 3]) == {"size": 2.0, "recognition": 1.0}
+    assert means([small, small, large]) == {"size": 1.0, "recognition": 0.0}
+
+
+def trial(settings, seconds, limit_s=300.0, seed=0, side="ours", size=1.9, **more):
+    """As run_trial returns it. seconds: to the target; one that lasts longer ends at its limit."""
+    reached = seconds <= limit_s
+    end = min(seconds, limit_s)
+    start = {"epoch": 1, "pictures": 96, "seconds": end / 2, "seconds_from_start": end / 2 + 8,
+             "rows_sample": 1000, "rows_update": 500}
+    last = start | {"epoch": 2, "pictures": 192, "seconds": end, "seconds_from_start": end + 8,
+                    "size": size if reached else 2.2, "recognition": 0.9}
+    return dict(side=side, settings=settings, seed=seed, limit_s=limit_s, reached=reached,
+                target=TARGET, error=None, epochs=[start, last]) | more
+
+
+def test_a_search_keeps_the_fastest_of_each_axis_and_ends_what_cannot_win():
+    seconds = {(1, 32): 80.0, (2, 32): 60.0, (4, 32): 90.0, (2, 16): 70.0, (2, 8): 50.0,
+               (1, 8): math.inf}
+    ran = []
+
+    def run(settings, limit_s):
+        ran.append((settings["lr"], settings["images"], limit_s))
+        return trial(settings, seconds[settings["lr"], settings["images"]], limit_s)
+
+    axes = {"lr": [dict(lr=2), dict(lr=4)], "images": [dict(images=16), dict(images=8)],
+            "lr, again": [(lambda settings: dict(lr=settings["lr"] / 2)), dict(lr=2)]}
+    best, tried = time_to_target.search(dict(lr=1, images=32), axes, 300.0, run)
+    assert ran == [(1, 32, 300.0), (2, 32, 80.0), (4, 32, 60.0), (2, 16, 60.0), (2, 8, 60.0),
+                   (1, 8, 50.0)]  # the last change is what was tried already
+    assert best["settings"] == dict(lr=2, images=8)
+    assert [axis for axis, _ in tried] == ["start", "lr", "lr", "images", "images", "lr, again"]
+
+
+def test_where_no_trial_reaches_the_target_the_smallest_recognised_pictures_win():
+    def run(settings, limit_s):
+        made = trial(settings, math.inf, limit_s)
+        made["epochs"][-1] |= {1: dict(size=2.4), 2: dict(size=2.1),
+                               3: dict(size=1.5, recognition=0.1)}[settings["lr"]]
+        return made
+
+    best, _ = time_to_target.search(dict(lr=1), {"lr": [dict(lr=2), dict(lr=3)]}, 300.0, run)
+    assert best["settings"] == dict(lr=2) and not best["reached"]
+    with pytest.raises(SystemExit, match="ours cannot run: no module trl"):
+        time_to_target.search({}, {}, 1.0, lambda *_: trial({}, 1.0) | dict(
+            epochs=[], reached=False, error="no module trl"))
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    ran, patience = [], [4]
+
+    def run_trial(side, settings, seed, limit_s, target, python):
+        if len(ran) == patience[0]:
+            raise KeyboardInterrupt
+        ran.append((settings["lr"], seed))
+        return trial(settings, settings["lr"] * 10.0, limit_s, seed)
+
+    monkeypatch.setattr(time_to_target, "run_trial", run_trial)
+    monkeypatch.setattr(time_to_target, "measure_base",
+                        lambda steps, scale: {"size": 2.5, "recognition": 0.9})
+    reference = dict(lr=5, steps=10, guidance_scale=4.0)
+
+    def measure(limit_s, place="here"):
+        bench = time_to_target.Bench(tmp_path, "python", reference, [place])
+        return bench.side("ours", reference, {"lr": [dict(lr=3), dict(lr=4)]}, (0, 1, 2), limit_s)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(300.0)
+    patience[0] = 100
+    part = measure(300.0)
+    assert ran == [(5, 100), (3, 100), (4, 100), (3, 0), (3, 1), (3, 2)]
+    assert part["best"]["lr"] == 3 and [trial["seed"] for trial in part["trials"]] == [0, 1, 2]
+    assert measure(300.0) == part and len(ran) == 6
+    measure(20.0)  # what has reached the target, or lasted longer, need not run again
+    assert len(ran) == 6
+    measure(300.0, place="on another device")
+    assert len(ran) == 12
+
+
+def test_a_trial_that_was_given_up_early_runs_again_when_there_is_more_time(tmp_path):
+    file, limits = tmp_path / "trial.json", []
+
+    def remembered(limit_s):
+        def make():
+            limits.append(limit_s)
+            return trial({}, 100.0, limit_s)
+
+        return time_to_target.remembered(
+            file, make, lambda kept: kept["reached"] or kept["limit_s"] >= limit_s
+        )
+
+    assert [remembered(limit_s)["reached"] for limit_s in (60, 30, 200, 300)] == [
+        False, False, True, True
+    ]
+    assert limits == [60, 200]
+    file.unlink()
+    assert time_to_target.remembered(file, lambda: {"error": "killed"}) and not file.exists()
+
+
+SHRINKING = """
+import json, sys, time, torch
+job = json.loads(sys.argv[2])
+for epoch in range(1, 5):
+    input()
+    if epoch == 4:
+        raise SystemExit("out of memory")
+    torch.manual_seed(epoch)
+    noise = torch.randint(256, (8, 3, 64, 64), dtype=torch.uint8)
+    pictures = {"images": noise // 4 ** (epoch - 1), "prompts": ["a cat"] * 8}
+    file = f"{job['folder']}/{epoch}.pt"
+    torch.save(pictures, file)
+    row = {"epoch": epoch, "seconds": float(epoch), "file": file}
+    row |= {"versions": {}, "threads": 1} if epoch == 1 else {}
+    print(json.dumps(row), flush=True)
+"""
+
+
+@pytest.fixture
+def easily_judged(monkeypatch):
+    """Eight pictures are enough, and all are recognised: not for the judge's own sake."""
+    monkeypatch.setattr(time_to_target, "JUDGED", 8)
+    monkeypatch.setattr(time_to_target, "recognition", lambda images, _: torch.ones(len(images)))
+
+
+def test_a_trial_ends_at_its_target_at_its_limit_or_with_its_process(
+    tmp_path, monkeypatch, easily_judged
+):
+    script = tmp_path / "shrinking.py"
+    script.write_text(SHRINKING)
+    launch = functools.partial(epoch.launch, script=str(script))
+    monkeypatch.setattr(time_to_target, "launch", lambda job, python, _: launch(job, python))
+
+    def run_trial(size, limit_s):
+        target = {"size": size, "recognition": 1.0}
+        return time_to_target.run_trial("ours", {}, 0, limit_s, target, sys.executable)
+
+    failed = run_trial(0.0, 100.0)
+    sizes = [row["size"] for row in failed["epochs"]]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    assert failed["error"] == "out of memory" and not failed["reached"]
+    reached, late = run_trial(sizes[1], 100.0), run_trial(0.0, 1.5)
+    assert reached["reached"] and len(reached["epochs"]) == 2 and reached["threads"] == 1
+    assert not late["reached"] and len(late["epochs"]) == 2 and not late["error"]
+
+
+def test_a_sides_clock_stops_while_its_pictures_are_judged(tmp_path, monkeypatch, capsys):
+    class Judge:
+        def readline(self):
+            time.sleep(0.5)
+            return "\n"
+
+    class UNet(torch.nn.Linear):
+        def forward(self, latents):
+            return (super().forward(latents),)  # as diffusers' do
+
+    def compress(images, prompts):
+        return -torch.ones(len(images))
+
+    compress.counts = {}
+    monkeypatch.setattr(sys, "stdin", Judge())
+    job = dict(folder=str(tmp_path), settings=dict(images=4), libraries=[])
+    job["started"] = time.monotonic()
+    recorder, unet = time_to_target.Recorder(job, compress), UNet(1, 1)
+    recorder.watch(unet)
+    for batch in range(4):  # two epochs of two batches
+        with torch.set_grad_enabled(batch == 3):
+            unet(torch.zeros(2, 1))
+        pictures = torch.full((2, 3, 8, 8), batch, dtype=torch.uint8)
+        assert recorder(pictures, [f"prompt {batch}"] * 2).tolist() == [-1, -1]
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert 0 < first["seconds"] <= second["seconds"] < 0.4
+    assert first["seconds_from_start"] >= 0.5  # the process had to wait before its first epoch
+    assert second["seconds_from_start"] - first["seconds_from_start"] < 0.4
+    assert [first["pictures"], second["pictures"]] == [4, 8]
+    assert [second["rows_sample"], second["rows_update"]] == [6, 2]
+    shown = torch.load(second["file"])
+    assert shown["images"][:, 0, 0, 0].tolist() == [2, 2, 3, 3]
+    assert shown["prompts"] == ["prompt 2"] * 2 + ["prompt 3"] * 2
+
+
+MINIATURE = dict(images=8, steps=2, updates=2)
+
+
+def two_epochs(side, settings, monkeypatch, python):
+    monkeypatch.setattr(time_to_target, "meets", lambda row, target: row["epoch"] == 2)
+    made = time_to_target.run_trial(side, settings | MINIATURE, 0, 600.0, TARGET, python)
+    assert not made["error"] and made["reached"]
+    first, second = made["epochs"]
+    assert [first["pictures"], second["pictures"]] == [8, 16]
+    assert first["seconds"] < second["seconds"] < second["seconds_from_start"]
+    assert 1.0 < first["size"] < 5.0
+    return [[row["rows_sample"], row["rows_update"]] for row in made["epochs"]]
+
+
+def test_our_side_of_a_trial_is_ddpo(monkeypatch, easily_judged):
+    settings = time_to_target.first_command() | dict(sample_batch=4)
+    rows = two_epochs("ours", settings, monkeypatch, sys.executable)
+    evaluation, sampled, updated = 1 * 2 * 2, 8 * 2 * 2, 8 * 1 * 2  # half of the steps is trained
+    assert rows == [[evaluation + sampled, 0], [evaluation + 2 * sampled, updated]]
+
+
+@pytest.mark.skipif(not TRL_PYTHON, reason="needs TRL_PYTHON, an interpreter with TRL 0.23.1")
+@pytest.mark.parametrize("more", [dict(), dict(lora_rank=8, group_size=4, inner_epochs=2)])
+def test_trls_side_of_a_trial_is_its_trainer(monkeypatch, easily_judged, more):
+    settings = time_to_target.TRL_START | dict(sample_batch=8, train_batch=4) | more
+    rows = two_epochs("TRL", settings, monkeypatch, TRL_PYTHON)
+    sampled = 8 * 2 * 2
+    assert rows == [[sampled, 0], [2 * sampled, sampled * settings["inner_epochs"]]]
+
+
+def changed(settings, change):
+    return settings | (change(settings) if callable(change) else change)
+
+
+def test_every_change_of_a_grid_can_follow_every_other():
+    start = time_to_target.first_command()
+    assert set(start) == set(time_to_target.SEARCHED)
+    names = list(time_to_target.AXES["ours"])
+    for first, second in itertools.combinations(names, 2):
+        for before, after in itertools.product(*(time_to_target.AXES["ours"][name]
+                                                 for name in (first, second))):
+            settings = changed(changed(start, before), after)
+            config = ddpo.check(ddpo.Config(**time_to_target.FIXED | settings))
+            assert {key: getattr(config, key) for key in settings} == settings
+    axes = time_to_target.AXES["TRL"]
+    for changes in itertools.product(axes["pictures and updates"], axes["batches"],
+                                     axes["groups"]):
+        settings = functools.reduce(changed, changes, time_to_target.TRL_START)
+        assert set(settings) == set(time_to_target.TRL_START)
+        assert settings["images"] % settings["sample_batch"] == 0
+        assert settings["sample_batch"] % settings["train_batch"] == 0  # TRL refuses others
+        assert settings["images"] // settings["updates"] % settings["train_batch"] == 0
+        assert settings["images"] % settings["group_size"] == 0
+
+
+def small_record(theirs, ours):
+    """A record of trials that took so many seconds, with 300 as the limit."""
+    sides = {}
+    for side, times in (("TRL", theirs), ("ours", ours)):
+        trials = [trial(dict(lr=1e-4), seconds, seed=seed, side=side)
+                  for seed, seconds in enumerate(times)]
+        tried = [entry | {"last": entry["epochs"][-1:]} for entry in trials[:2]]
+        sides[side] = {"best": dict(lr=1e-4), "search": tried, "trials": trials}
+    return {"base": {"size": 2.5, "recognition": 0.9}, "sides": sides}
+
+
+def test_the_table_has_medians_and_marks_what_was_not_reached(tmp_path):
+    results, searches = time_to_target.table(
+        small_record([200.0, math.inf, 250.0], [25.0, 20.0, 40.0])
+    ).split("\n\n")
+    _, _, theirs, ours, over, base = results.splitlines()
+    assert theirs.startswith("| TRL | 250.0 (200.0 to >300.0) | 258.0 (208.0 to >308.0) | 2 (2 ")
+    assert ours.startswith("| ours | 25.0 (20.0 to 40.0) | 33.0 (28.0 to 48.0) | 2 (2 to 2) |")
+    assert ours.endswith("| 192 (192 to 192) | 1,000 (1,000 to 1,000) | 500 (500 to 500) "
+                         "| 1.90 | 0.90 |")
+    assert over.startswith("| TRL over ours | 10.0x | 7.8x | 1.0x |")
+    assert base.endswith("| 2.50 | 0.90 |")
+    assert searches.splitlines()[2] == "| TRL | 2 | 1 | 200.0 | 200.0 | `lr=0.0001` |"
+    unreached = time_to_target.table(small_record([math.inf] * 3, [20.0] * 3)).splitlines()
+    assert "| >300.0 (>300.0 to >300.0) |" in unreached[2] and "| >15.0x |" in unreached[4]
+    worse = time_to_target.table(small_record([20.0] * 3, [math.inf] * 3)).splitlines()
+    assert worse[4].replace("|", "").split() == ["TRL", "over", "ours"]
+
+
+def test_table_and_curves_come_from_the_record_alone(tmp_path, capsys):
+    def printed(flag):
+        time_to_target.main([flag, "--out", str(out)])
+        return capsys.readouterr().out
+
+    out = tmp_path / "time.json"
+    with pytest.raises(SystemExit) as ended:
+        printed("--table")
+    refusal = capsys.readouterr().err
+    assert ended.value.code == 2 and f"--out {out}: there is no such record" in refusal
+    record = small_record([200.0, math.inf, 250.0], [25.0, 20.0, 40.0])
+    out.write_text(json.dumps({"models/emoji, a CPU": record}))
+    tables = printed("--draw")
+    assert tables.startswith("models/emoji, a CPU\n\n| | seconds from the first step |")
+    assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
+    assert printed("--table") == tables
+
+
+@pytest.mark.parametrize("flags", [
+    ["--minutes-per-trial", "0"], ["--seeds", "0,1"], ["--seeds", "0,1,1"], ["--seeds", "0,a,b"],
+    ["--seeds", "100"], ["--seeds", ""],
+])
+def test_bad_flags_are_refused_before_anything_runs(tmp_path, capsys, flags):
+    work = tmp_path / "work"
+    with pytest.raises(SystemExit) as ended:
+        time_to_target.main(["--trl-python", sys.executable, "--work", str(work), *flags])
+    assert ended.value.code == 2 and f"{flags[0]} {flags[1]}: " in capsys.readouterr().err
+    assert not work.exists()

@@ -1,0 +1,690 @@
+"""Seconds to a better model: ddpo.py and TRL's DDPOTrainer (0.23.1), until both reach one target.
+
+    python benchmarks/time_to_target.py --trl-python trl-env/bin/python
+                           searches, then measures; peer_trl.py tells how trl-env is made
+    python benchmarks/time_to_target.py --table
+                           prints the recorded tables again
+    python benchmarks/time_to_target.py --draw
+                           draws the curves again and puts the tables into benchmarks/README.md
+
+The task is that of the first command: smaller JPEGs (the reward `compress`) of animals, with the
+emoji model. The target, for the mean of an epoch's pictures, which are sampled with the sampler's
+full noise:
+
+- a JPEG size at least 20 % below the base model's;
+- recognition at least 0.9 times the base model's, by a classifier that no training has seen
+  (emoji/classifiers.py). So it does not count to destroy the pictures.
+
+Every mean is over at least 96 pictures: where an epoch has fewer, the pictures of the newest epochs
+are judged together. Else small epochs would get there by luck. The base model's means are of four
+pictures of each prompt, in float32. A trial may choose the number of sampling steps and the
+guidance. They make other pictures, so then the base model is measured with them, too, and of size
+and recognition the harder target counts.
+
+The clock. Each side is a process of its own, one at a time. Each hands its pictures to the same
+function in the place of its reward. When all pictures of an epoch have their rewards, the clock of
+that side stops. The pictures are written to disk, this process judges them while the other one
+waits, and then the clock goes on. So neither the writing nor the judging is timed, on both sides
+alike. Two times are recorded: from the first pass through the UNet, and from the start of the
+process (so with imports and loading). Both end when the pictures that meet the target have their
+rewards; the updates after them do not count. Both sides compute rewards and log as they do by
+default. Neither saves weights, watches another metric, or evaluates, except that ddpo.py always
+evaluates the base model: that is timed, with one picture.
+
+The search. Each side has a grid of its own (`AXES`), one axis after another. All values of an axis
+are tried with the others at the best so far, and the best value is kept. A trial ends at the
+target, at --minutes-per-trial, or when it has taken longer than the best so far, because it cannot
+win any more. Each of these is decided after an epoch. The search has a seed that is not among those
+that are measured. Ours starts from the settings of the first command. TRL starts from the best that
+was found by hand (`TRL_START`): the whole UNet, and a clip range scaled to the size of the latents.
+Some axes are ours alone, because TRL does not have them: the warm-up of the learning rate, which
+steps are trained (it draws them), and a penalty on the divergence from the base model. TRL can have
+advantages relative to a prompt: then its pictures come in groups of one prompt, and its statistics
+are those of the group. Its LoRA has a constant rank; the worker changes that constant. Precision is
+an axis of both.
+
+Nothing else should run on the machine. Each finished trial is kept in --work, so that the same
+command goes on after an interruption. What is there is not run again: remove a side's files after a
+change of its code. Results go to benchmarks/time_to_target.json, a record for each device, with a
+picture of the curves beside it.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
+
+from benchmarks.epoch import NEVER, command_line, count_replays, count_rows, epoch, launch, machine
+from benchmarks.epoch import record_as, versions
+from benchmarks.peer_trl import make_trainer
+
+MODEL, PROMPTS = "models/emoji", "animals"
+SMALLER, RECOGNISED = 0.8, 0.9  # the target, relative to the base model
+JUDGED = 96  # pictures, at least, of a mean
+SEARCH_SEED = 100
+SIDES = "TRL", "ours"
+
+# Ours: settings of ddpo.Config
+FIXED = dict(
+    model=MODEL, prompts=PROMPTS, reward="compress", watch="", tracker="none", eval_images=1,
+    epochs=NEVER, eval_every=NEVER, checkpoint_every=NEVER,
+)  # fmt: skip
+SEARCHED = (  # they start at their defaults, those of the first command
+    "lr", "lora_rank", "warmup", "clip_range", "train_first", "timestep_fraction", "step_weights",
+    "images", "updates", "inner_epochs", "sample_batch", "train_batch", "advantages", "group_size",
+    "train_guidance", "kl", "steps", "guidance_scale", "dtype", "cuda_graph",
+)  # fmt: skip
+# TRL's: settings of peer_trl.make_trainer
+TRL_START = dict(
+    lr=1e-4, lora_rank=0, clip_range=1.6e-3, timestep_fraction=1.0, images=96, updates=4,
+    inner_epochs=1, sample_batch=48, train_batch=24, group_size=1, train_guidance=True, steps=10,
+    guidance_scale=4.0, dtype="fp32",
+)  # fmt: skip
+
+
+def lower_rate(settings):
+    return {"lr": settings["lr"] / 1.5}
+
+
+def higher_rate(settings):
+    return {"lr": settings["lr"] * 1.5}
+
+
+def sampled_at_once(settings):
+    return {"sample_batch": settings["images"]}
+
+
+def half_train_batch(settings):
+    return {"train_batch": settings["train_batch"] // 2}
+
+
+# axis: what is changed, in turn; a function makes a change from the best settings so far. What
+# promises most comes first, because the best so far ends the trials after it.
+AXES = {
+    "ours": {
+        "learning rate, whole UNet or LoRA": [
+            dict(lr=1.5e-4), dict(lr=2e-4), dict(lr=3e-4), dict(lr=5e-4),
+            dict(lora_rank=4, lr=3e-3), dict(lora_rank=16, lr=3e-3),
+        ],
+        "warm-up": [dict(warmup=5), dict(warmup=0)],
+        "steps": [dict(steps=7), dict(steps=5)],
+        "pictures and updates": [
+            dict(images=96, updates=8), dict(images=96, updates=2),
+            dict(images=48, updates=4, sample_batch=48),
+            dict(images=48, updates=2, sample_batch=48), dict(images=32, updates=2),
+        ],
+        "inner epochs": [dict(inner_epochs=2)],
+        "trained steps": [
+            dict(train_first=0.3), dict(train_first=0.7), dict(train_first=1.0),
+            dict(timestep_fraction=0.6), dict(step_weights="equal"),
+        ],
+        "groups": [
+            dict(group_size=2), dict(group_size=8), dict(advantages="batch", group_size=1),
+        ],
+        "clip range": [dict(clip_range=4e-4), dict(clip_range=1.6e-3)],
+        "divergence from the base model": [dict(kl=0.05), dict(kl=0.05, lr=3e-4)],
+        "guidance": [
+            dict(train_guidance=False), dict(guidance_scale=3.0), dict(guidance_scale=6.0),
+        ],
+        "batches": [dict(train_batch=16), dict(train_batch=64), sampled_at_once],
+        "precision": [dict(dtype="fp32")],
+        "learning rate, again": [lower_rate, higher_rate],
+    },
+    "TRL": {
+        "groups": [dict(group_size=4), dict(group_size=8)],
+        "learning rate, whole UNet or LoRA": [
+            dict(lr=2e-4), dict(lr=3e-4), dict(lr=5e-4), dict(lora_rank=4, lr=1e-3),
+            dict(lora_rank=4, lr=3e-3), dict(lora_rank=16, lr=3e-3),
+        ],
+        "steps": [dict(steps=7), dict(steps=5)],
+        "trained steps": [dict(timestep_fraction=0.6), dict(timestep_fraction=0.4)],
+        "pictures and updates": [
+            dict(images=96, updates=8, sample_batch=48, train_batch=12),
+            dict(images=96, updates=2, sample_batch=48, train_batch=48),
+            dict(images=48, updates=4, sample_batch=48, train_batch=12),
+            dict(images=48, updates=2, sample_batch=48, train_batch=24),
+            dict(images=32, updates=2, sample_batch=32, train_batch=16),
+        ],
+        "inner epochs": [dict(inner_epochs=2)],
+        "clip range": [dict(clip_range=6.4e-3), dict(clip_range=1e-4)],
+        "guidance": [
+            dict(train_guidance=False), dict(guidance_scale=3.0), dict(guidance_scale=6.0),
+        ],
+        "batches": [half_train_batch, sampled_at_once],
+        "precision": [dict(dtype="bf16")],
+        "learning rate, again": [lower_rate, higher_rate],
+    },
+}  # fmt: skip
+GPU_AXES = {"ours": {"CUDA graph": [dict(cuda_graph=True)]}, "TRL": {}}
+
+
+def first_command():
+    """Where our search starts."""
+    import ddpo
+
+    config = ddpo.check(ddpo.Config(**FIXED))
+    return {key: getattr(config, key) for key in SEARCHED}
+
+
+# The two sides, each a process that runs until nobody asks for another epoch
+
+
+class Recorder:
+    """Stands in the place of a side's reward. When all of an epoch's pictures have theirs, the
+    clock stops until this process is asked for another epoch."""
+
+    def __init__(self, job, reward):
+        self.job, self.reward, self.counts = job, reward, reward.counts
+        self.first_step = self.rows = None
+        self.waited, self.epoch, self.images, self.prompts = 0.0, 0, [], []
+        sys.stdin.readline()  # asks for the first epoch
+
+    def watch(self, unet):
+        def begin(module, inputs):
+            self.first_step = self.first_step or time.monotonic()
+
+        self.rows = count_rows(unet)
+        unet.register_forward_pre_hook(begin)
+
+    def __call__(self, images, prompts):
+        rewards = self.reward(images, prompts)
+        self.images.append(images.cpu())
+        self.prompts += prompts
+        if len(self.prompts) == self.job["settings"]["images"]:
+            self.hand_over()
+        return rewards
+
+    def hand_over(self):
+        import torch
+
+        stopped = time.monotonic()
+        self.epoch += 1
+        file = os.path.join(self.job["folder"], f"{self.epoch}.pt")
+        torch.save({"images": torch.cat(self.images), "prompts": self.prompts}, file)
+        row = {
+            "epoch": self.epoch,
+            "pictures": self.epoch * len(self.prompts),
+            "seconds": stopped - self.first_step - self.waited,
+            "seconds_from_start": stopped - self.job["started"] - self.waited,
+            "rows_sample": self.rows[0],
+            "rows_update": self.rows[1],
+            "file": file,
+        }
+        if self.epoch == 1:
+            row["versions"] = versions(*self.job["libraries"])
+            row["threads"] = torch.get_num_threads()
+        print(json.dumps(row), flush=True)
+        self.images, self.prompts = [], []
+        if not sys.stdin.readline():
+            sys.exit()  # nobody waits for another epoch
+        self.waited += time.monotonic() - stopped
+
+
+def our_worker(job):
+    import ddpo
+
+    config = ddpo.Config(**FIXED | job["settings"], seed=job["seed"], out=job["folder"])
+    run = ddpo.prepare(config)
+    recorder = Recorder(job, run.rewards["compress"])
+    recorder.watch(run.pipeline.unet)
+    run.step = run.step and count_replays(run.step, recorder.rows)
+
+    def after_evaluation(row, epoch):  # ddpo.py calls a tracker after that of the base model
+        run.rewards["compress"] = recorder
+
+    run.track = after_evaluation
+    ddpo.fit(run)
+
+
+def trl_worker(job):
+    """Runs in TRL's environment."""
+    from prompts import load_prompts
+    from rewards import get_reward
+
+    settings, prompts, deck = job["settings"], load_prompts(PROMPTS), []
+    recorder = Recorder(job, get_reward("compress"))
+
+    def reward(images, texts, _):
+        return recorder((images.float() * 255).round().byte(), list(texts)), {}
+
+    def draw_prompt():  # each group_size times in a row, no prompt again before all have come
+        if not deck:
+            order = random.sample(prompts, len(prompts))
+            deck.extend(prompt for prompt in order for _ in range(settings["group_size"]))
+        return deck.pop(), {}
+
+    trainer = make_trainer(settings | {"model": MODEL, "seed": job["seed"]}, reward, draw_prompt)
+    recorder.watch(trainer.sd_pipeline.unet)
+    global_step = 0
+    for epoch_ in itertools.count(1):
+        global_step = trainer.step(epoch_, global_step)
+
+
+# The judge
+
+
+def recognition(images, prompts):
+    """(B,) 0 or 1: whether a classifier that no training has seen finds the prompt in a picture."""
+    from emoji.classifiers import recognised
+
+    return recognised(images, prompts)
+
+
+def judge(images, prompts):
+    """{"size": [kB of each picture], "recognition": [0 or 1 for each]}"""
+    from rewards import jpeg_kilobytes
+
+    return {
+        "size": jpeg_kilobytes(images).tolist(),
+        "recognition": recognition(images, prompts).tolist(),
+    }
+
+
+def means(judged):
+    """{"size", "recognition"}, over the pictures of the newest epochs, as few of them as have
+    JUDGED pictures; {} before there are as many. judged: what `judge` has said of each epoch."""
+    pool = {"size": [], "recognition": []}
+    for values in reversed(judged):
+        for key, pictures in pool.items():
+            pictures += values[key]
+        if len(pool["size"]) >= JUDGED:
+            return {key: statistics.fmean(pictures) for key, pictures in pool.items()}
+    return {}
+
+
+def measure_base(steps, guidance_scale):
+    """{"size", "recognition", "pictures"} of the base model: four pictures of each prompt."""
+    from processes import seeded
+    from prompts import load_prompts
+    from sample import load_pipeline, sample_trajectories
+
+    pipeline = load_pipeline(MODEL)
+    prompts = [prompt for prompt in load_prompts(PROMPTS) for _ in range(4)]
+    judged = {"size": [], "recognition": []}
+    for first in range(0, len(prompts), 32):
+        batch = prompts[first:first + 32]
+        generators = [
+            seeded(SEARCH_SEED, first + i, device=pipeline.device) for i in range(len(batch))
+        ]
+        images = sample_trajectories(
+            pipeline, batch, steps, guidance_scale, generator=generators
+        ).images
+        for key, values in judge(images.cpu(), batch).items():
+            judged[key] += values
+    return {key: statistics.fmean(values) for key, values in judged.items()} | {
+        "pictures": len(prompts)
+    }
+
+
+def target_of(bases):
+    """{"size": at most, "recognition": at least}: the harder ones of the base model's pictures."""
+    return {
+        "size": SMALLER * min(base["size"] for base in bases),
+        "recognition": RECOGNISED * max(base["recognition"] for base in bases),
+    }
+
+
+def meets(row, target):
+    """Whether the pictures that a row is about are at the target."""
+    return (
+        "size" in row
+        and row["size"] <= target["size"]
+        and row["recognition"] >= target["recognition"]
+    )
+
+
+# Trials
+
+
+def run_trial(side, settings, seed, limit_s, target, python):
+    """One training, from the start of its process to the target, or to an epoch after limit_s."""
+    libraries = ["torch", "diffusers", "transformers", "peft"]
+    libraries += ["trl", "accelerate"] if side == "TRL" else []
+    trial = dict(side=side, settings=settings, seed=seed, limit_s=limit_s, target=target)
+    trial |= dict(reached=False, error=None, epochs=[])
+    judged = []
+    with tempfile.TemporaryDirectory() as folder:
+        job = dict(side=side, settings=settings, seed=seed, folder=folder, libraries=libraries)
+        process = launch(job | {"started": time.monotonic()}, python, __file__)
+        try:
+            while not trial["reached"] and (not judged or row["seconds"] < limit_s):
+                row = epoch(process)
+                judged.append(judge(**load_pictures(row.pop("file"))))
+                for key in ("versions", "threads"):
+                    trial |= {key: row.pop(key)} if key in row else {}
+                row["size_of_epoch"] = statistics.fmean(judged[-1]["size"])
+                row |= means(judged)
+                trial["epochs"].append(row)
+                trial["reached"] = meets(row, target)
+        except RuntimeError as error:
+            trial["error"] = str(error)
+        finally:
+            process.kill()
+            process.wait()
+    return trial
+
+
+def load_pictures(file):
+    import torch
+
+    pictures = torch.load(file, weights_only=True)
+    os.unlink(file)
+    return pictures
+
+
+def seconds_of(trial, key="seconds"):
+    """To the target; infinite where it was not reached."""
+    return trial["epochs"][-1][key] if trial["reached"] else math.inf
+
+
+def rank(trial):
+    """Sorts trials, the best first: those at the target by their seconds, then the others by the
+    smallest pictures that were still recognised."""
+    recognised = [
+        row["size"] / trial["target"]["size"]
+        for row in trial["epochs"]
+        if "size" in row and row["recognition"] >= trial["target"]["recognition"]
+    ]
+    return seconds_of(trial), min(recognised, default=math.inf)
+
+
+def search(start, axes, limit_s, run):
+    """(the best trial, [(axis, trial)]) of a search as described above.
+
+    run(settings, limit_s) -> trial. Raises SystemExit if the settings to start from cannot run."""
+    best = run(start, limit_s)
+    if best["error"] and not best["epochs"]:
+        sys.exit(f"{best['side']} cannot run: {best['error']}")
+    tried = [("start", best)]
+    for axis, changes in axes.items():
+        settings = best["settings"]  # all changes of an axis start from the same
+        for change in changes:
+            candidate = settings | (change(settings) if callable(change) else change)
+            if candidate in [trial["settings"] for _, trial in tried]:
+                continue
+            trial = run(candidate, min(limit_s, seconds_of(best)))
+            tried.append((axis, trial))
+            best = min(best, trial, key=rank)
+    return best, tried
+
+
+def remembered(file, make, good_enough=lambda value: True):
+    """The JSON in a file; where it is not there, or not good enough, what `make` returns, which is
+    then kept there unless it has an "error"."""
+    if file.exists():
+        value = json.loads(file.read_text())
+        if good_enough(value):
+            return value
+    value = make()
+    if not value.get("error"):
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(value, indent=1) + "\n")
+        part.replace(file)
+    return value
+
+
+def fingerprint():
+    """Of the model that is trained, so that no other model's trials are taken for its own."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / MODEL).glob("*/*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def named(*what):
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass
+class Bench:
+    """A measurement, and the folder in which its finished parts are kept."""
+
+    work: Path
+    trl_python: str
+    reference: dict  # settings whose pictures of the base model are the target for all
+    place: list  # what else the numbers depend on: the device, the model
+
+    def base(self, settings):
+        steps, scale = settings["steps"], settings["guidance_scale"]
+        file = self.work / f"base-{steps}-{scale:g}-{named(self.place)}.json"
+        return remembered(file, lambda: measure_base(steps, scale))
+
+    def trial(self, side, settings, seed, limit_s):
+        """A trial that is there, if it has run long enough, or a new one."""
+        target = target_of([self.base(self.reference), self.base(settings)])
+        python = self.trl_python if side == "TRL" else sys.executable
+        trial = remembered(
+            self.work / f"{side}-{seed}-{named(settings, self.place)}.json",
+            lambda: run_trial(side, settings, seed, limit_s, target, python),
+            lambda trial: trial["reached"] or trial["limit_s"] >= limit_s,
+        )
+        say(trial)
+        return trial
+
+    def side(self, side, start, axes, seeds, limit_s):
+        """A side's part of the record: its search, and the best of it on each seed."""
+        best, tried = search(
+            start, axes, limit_s, lambda *trial: self.trial(side, trial[0], SEARCH_SEED, trial[1])
+        )
+        trials = [self.trial(side, best["settings"], seed, limit_s) for seed in seeds]
+        for trial in trials:
+            if not trial["epochs"]:
+                sys.exit(f"{side}, seed {trial['seed']}: {trial['error']}")
+        keys = "settings", "limit_s", "target", "reached", "error"
+        return {
+            "best": best["settings"],
+            "search": [
+                {"axis": axis} | {key: trial[key] for key in keys} | {"last": trial["epochs"][-1:]}
+                for axis, trial in tried
+            ],
+            "trials": trials,
+        }
+
+
+def say(trial):
+    end = trial["epochs"][-1] if trial["epochs"] else {}
+    result = f"{'reached' if trial['reached'] else 'not'} after {end.get('seconds', 0):.1f} s"
+    if "size" in end:
+        result += f", {end['size']:.3f} kB, {end['recognition']:.0%} recognised"
+    result += f" ({trial['error']})" if trial["error"] else ""
+    settings = " ".join(f"{key}={value}" for key, value in trial["settings"].items())
+    print(f"{trial['side']}, seed {trial['seed']}: {result}\n  {settings}", file=sys.stderr,
+          flush=True)
+
+
+# Table and picture
+
+
+def to_target(trials, key):
+    """[(reached, value at the end)] of trials, from the least to the most; where the target was not
+    reached, the value is that at the limit, and the real one is more."""
+    ends = [(not trial["reached"], trial["epochs"][-1][key]) for trial in trials]
+    return [(not more, value) for more, value in sorted(ends)]
+
+
+def cell(reached, value, form):
+    return f"{'' if reached else '>'}{value:{form}}"
+
+
+def median(values):
+    return values[len(values) // 2]  # of an odd number, in order
+
+
+def several(trials, key, form):
+    """"median (min to max)" of what trials took to the target; a > is for "not by then"."""
+    values = to_target(trials, key)
+    middle, low, high = (cell(*value, form) for value in (median(values), values[0], values[-1]))
+    return f"{middle} ({low} to {high})"
+
+
+def ratio(record, key):
+    """TRL's median over ours."""
+    theirs, ours = (median(to_target(record["sides"][side]["trials"], key)) for side in SIDES)
+    return cell(theirs[0], theirs[1] / ours[1], ".1f") + "x" if ours[0] else ""
+
+
+COLUMNS = {  # heading: (key of an epoch's row, format)
+    "seconds from the first step": ("seconds", ".1f"),
+    "from the start of the process": ("seconds_from_start", ".1f"),
+    "epochs": ("epoch", "d"),
+    "pictures": ("pictures", ",d"),
+    "UNet rows without gradient": ("rows_sample", ",d"),
+    "with gradient": ("rows_update", ",d"),
+}
+
+
+def markdown(rows):
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("|  |", "| |")
+
+
+def table(record):
+    """The Markdown tables of a record: what it took to the target, median (min to max) over the
+    seeds, with the pictures there; and the settings that the searches found."""
+    base, sides = record["base"], record["sides"]
+    rows = [["", *COLUMNS, "kB", "recognised"]]
+    for side in SIDES:
+        trials = sides[side]["trials"]
+        ends = [trial["epochs"][-1] for trial in trials]
+        cells = [several(trials, key, form) for key, form in COLUMNS.values()]
+        for key in ("size", "recognition"):
+            cells.append(f"{statistics.median(row.get(key, math.nan) for row in ends):.2f}")
+        rows.append([side, *cells])
+    rows.append(["TRL over ours", *(ratio(record, key) for key, _ in COLUMNS.values()), "", ""])
+    empty = [""] * len(COLUMNS)
+    rows.append(["base model", *empty, f"{base['size']:.2f}", f"{base['recognition']:.2f}"])
+
+    searches = [["search", "settings tried", "at the target", "the first, seconds",
+                 "the best, seconds", "its settings"]]
+    for side in SIDES:
+        tried = sides[side]["search"]
+        ends = [(trial["reached"], trial["last"][0]["seconds"]) for trial in tried if trial["last"]]
+        reached = [seconds for at_target, seconds in ends if at_target]
+        settings = " ".join(f"{key}={value}" for key, value in sides[side]["best"].items())
+        first, best = cell(*ends[0], ".1f"), f"{min(reached):.1f}" if reached else ""
+        searches.append([side, f"{len(tried)}", f"{len(reached)}", first, best, f"`{settings}`"])
+    return f"{markdown(rows)}\n\n{markdown(searches)}"
+
+
+def tables(records):
+    return "\n\n".join(f"{name}\n\n{table(record)}" for name, record in records.items())
+
+
+def draw(record, path):
+    """Size against seconds, a line a trial."""
+    from reproduce_figures import plots, save_figure
+
+    figure, (axis,) = plots(1, width=6.4, height=3.6)
+    for colour, side in zip(("C7", "C0"), SIDES):
+        for i, trial in enumerate(record["sides"][side]["trials"]):
+            rows = [row for row in trial["epochs"] if "size" in row]
+            seconds = [row["seconds"] for row in rows]
+            sizes = [SMALLER * row["size"] / trial["target"]["size"] for row in rows]
+            label = None if i else side
+            axis.plot(seconds, sizes, "o-", ms=3, lw=1, color=colour, label=label)
+            if trial["reached"]:
+                axis.plot(seconds[-1:], sizes[-1:], "*", ms=11, color=colour)
+    axis.axhline(SMALLER, color="black", lw=1, ls="--", label="target")
+    axis.set(xlabel="seconds from the first step", ylabel="JPEG size, base model = 1",
+             xlim=(0, None))
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def show(records, out):
+    """The picture of each record, and the tables in the README beside the default record."""
+    out = Path(out)
+    for i, record in enumerate(records.values()):
+        draw(record, out.with_name(f"{out.stem}{f'-{i}' if i else ''}.png"))
+    page = ROOT / "benchmarks/README.md"
+    if out.resolve().parent == page.parent:
+        from reproduce import insert_table
+
+        insert_table(page, "time_to_target", tables(records).splitlines())
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trl-python",
+                        help="the interpreter of TRL's environment, see peer_trl.py")
+    parser.add_argument("--minutes-per-trial", type=float, default=5.0,
+                        help="after which a trial is given up (default 5)")
+    parser.add_argument("--seeds", default="0,1,2",
+                        help=f"an odd number of them, without {SEARCH_SEED} (default 0,1,2)")
+    parser.add_argument("--work", default=str(ROOT / "runs/time_to_target"),
+                        help="where finished trials are kept (default: runs/time_to_target)")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks/time_to_target.json"),
+                        help="where the record is put (default: benchmarks/time_to_target.json)")
+    parser.add_argument("--table", action="store_true", help="only print what --out holds")
+    parser.add_argument("--draw", action="store_true", help="only draw and show what --out holds")
+    args = parser.parse_args(arguments)
+    if args.table or args.draw:
+        if not Path(args.out).exists():
+            parser.exit(2, f"--out {args.out}: there is no such record; measure it first, with "
+                           "--trl-python\n")
+        records = json.loads(Path(args.out).read_text())
+        if args.draw:
+            show(records, args.out)
+        print(tables(records))
+        return
+    if not args.trl_python:
+        parser.exit(2, "--trl-python: give the interpreter of an environment with TRL 0.23.1; "
+                       "benchmarks/peer_trl.py --help says how to make one\n")
+    if args.minutes_per_trial <= 0:
+        parser.exit(2, f"--minutes-per-trial {args.minutes_per_trial:g}: must be above 0, "
+                       "such as 5\n")
+    numbers = args.seeds.split(",")
+    seeds = list(dict.fromkeys(int(number) for number in numbers if number.isdecimal()))
+    if len(seeds) < len(numbers) or len(seeds) % 2 == 0 or SEARCH_SEED in seeds:
+        parser.exit(2, f"--seeds {args.seeds}: give an odd number of different seeds without "
+                       f"{SEARCH_SEED}, which the search has, such as 0,1,2\n")
+
+    import torch
+
+    # a signal as an exception, so that the trial that runs is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    device, start = machine(), {"ours": first_command(), "TRL": TRL_START}
+    work = Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    place = [device["device"], fingerprint()]
+    bench = Bench(work, os.path.abspath(args.trl_python), start["ours"], place)
+    sides = {}
+    for side in reversed(SIDES):
+        axes = AXES[side] | (GPU_AXES[side] if torch.cuda.is_available() else {})
+        sides[side] = bench.side(side, start[side], axes, seeds, 60 * args.minutes_per_trial)
+    command = command_line("benchmarks/time_to_target.py", arguments)
+    command = command.replace(args.trl_python, "trl-env/bin/python")  # as named in peer_trl.py
+    record = device | {
+        "command": command,
+        "base": bench.base(start["ours"]),
+        "rule": {"size": SMALLER, "recognition": RECOGNISED, "pictures": JUDGED},
+        "search_seed": SEARCH_SEED,
+        "sides": sides,
+    }
+    record_as(args.out, f"{MODEL}, {device['device']}", record)
+    records = json.loads(Path(args.out).read_text())
+    show(records, args.out)
+    print(tables(records))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        job = json.loads(sys.argv[2])
+        {"ours": our_worker, "TRL": trl_worker}[job["side"]](job)
+    else:
+        main()
