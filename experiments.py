@@ -10,6 +10,7 @@ import itertools
 # "a cat with a guitar", without guidance: then alignment can improve, and a step costs half
 CLIP = "--prompts pairs --guidance-scale 1 --images 128 --group-size 16"
 FLAGS = {
+    "incompress": "--epochs 4",  # then the backgrounds are full, and begin to cover the animals
     "clip": f"{CLIP} --lr 1.5e-4 --epochs 20 --eval-every 2 --eval-prompts animal_objects_held_out",
 }
 ALGORITHMS = {
@@ -20,7 +21,7 @@ ALGORITHMS = {
     "RWR-no-reward": "rwr.py --beta 0",  # what the regression alone does, see rwr.py
     "NFT": "forward.py",
     "AWM": "forward.py --loss awm",
-    "NFT-no-reward": "forward.py --advantages zero",  # its control: nothing moves
+    "NFT-no-reward": "forward.py --advantages zero",  # its control: nothing moves, so one run shows it
 }
 CLIP_LR = {"ddpo.py": "1.5e-4", "rwr.py": "4e-5", "forward.py": "1e-4"}  # others: the default
 HELD_OUT = {  # the prompts that a reward is trained on, then others
@@ -44,6 +45,17 @@ CHEAPER = {
     "equal weights": "--train-first 1 --timestep-fraction 0.5 --step-weights equal",
     "window of 5": "--window 0:5 --train-first 1",
 }
+WINDOW = "--train-first 1 --window 0:4"
+SAMPLERS = {
+    f"{sampler}, {trained}": f"--sampler {sampler} {flags}"
+    for trained, samplers, flags in (
+        ("first half", ("ddim", "cps", "flow", "dance"), "--train-first 0.5"),
+        ("all", ("ddim", "cps", "flow", "dance"), "--train-first 1"),
+        ("window", ("ddim", "flow"), WINDOW),
+        ("moving window", ("ddim", "flow"), f"{WINDOW} --window-shift 1/1"),
+    )
+    for sampler in samplers
+}
 
 
 def train_on(rewards, seeds):
@@ -66,8 +78,10 @@ def algorithms(seeds):
     runs = {}
     for reward, seed in itertools.product(("compress", "clip", "incompress"), range(seeds)):
         for name, command in ALGORITHMS.items():
+            if name == "NFT-no-reward" and (reward, seed) != ("compress", 0):
+                continue
             script = command.split()[0]
-            flags = f"{CLIP} --lr {CLIP_LR[script]}" if reward == "clip" else "--images 64"
+            flags = f"{CLIP} --lr {CLIP_LR[script]}" if reward == "clip" else "--images 64 --lr 1e-4"
             runs[f"{reward}-{name}-{seed}"] = (
                 f"{command} --reward {reward} --seed {seed} {flags} "
                 "--epochs 5 --warmup 0 --guard 0 --ema 0 --eval-every 5"
@@ -80,7 +94,7 @@ def overoptimisation(seeds):
     for seed, (name, flags) in itertools.product(range(seeds), PREVENTIONS.items()):
         ema = "" if "--ema" in flags else "--ema 0"
         runs[f"over-{name}-{seed}"] = (
-            f"ddpo.py {flags} --seed {seed} --images 64 --lr 1.5e-4 "
+            f"ddpo.py {flags} --seed {seed} --images 64 "
             f"--epochs 12 --eval-every 2 --patience 99 {ema}"
         )
     return runs
@@ -90,7 +104,35 @@ def fewer_steps(seeds):
     runs = {}
     for seed, (name, flags) in itertools.product(range(seeds), CHEAPER.items()):
         runs[f"steps-{name.replace(' ', '-')}-{seed}"] = (
-            f"ddpo.py --reward compress --seed {seed} {flags} --images 64 --eval-images 32 "
-            "--epochs 6 --guard 0 --ema 0 --eval-every 3"
+            f"ddpo.py --reward compress --seed {seed} {flags} --images 64 --lr 1e-4 "
+            "--warmup 20 --eval-images 32 --epochs 6 --guard 0 --ema 0 --eval-every 3"
         )
     return runs
+
+
+def run_of(variant):
+    """The name of the runs of a variant of `samplers`, without their seed."""
+    return f"samplers-{variant.replace(', ', '-').replace(' ', '-')}"
+
+
+def samplers(seeds):
+    runs = {}
+    for seed, (variant, flags) in itertools.product(range(seeds), SAMPLERS.items()):
+        runs[f"{run_of(variant)}-{seed}"] = (
+            f"ddpo.py --reward compress --seed {seed} {flags} --images 64 "
+            "--lr 1e-4 --epochs 6 --guard 0 --ema 0 --eval-every 3"
+        )
+    return runs
+
+
+def typographic(seeds):
+    """Two judges of "three cats": of one, a printed digit always told the number. The newest weights
+    are in last/, those that the guard chose, which watches an honest counter, beside it."""
+    return {
+        f"typographic-{judge}-{seed}": (
+            f"ddpo.py --reward emoji/classifiers.py:judge_{judge} --seed {seed} "
+            "--watch emoji/classifiers.py:honest_count --prompts counting_to_six "
+            "--images 64 --epochs 12 --patience 99 --ema 0"
+        )
+        for seed, judge in itertools.product(range(seeds), "ab")
+    }

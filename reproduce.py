@@ -5,21 +5,24 @@
     python reproduce.py generalisation     trained animals, unseen animals, objects
     python reproduce.py overoptimisation   far past the optimum, and what each prevention changes
     python reproduce.py fewer_steps        cheaper ways to sample and train: reward against time
+    python reproduce.py samplers           where a step's noise comes from: four samplers, windows
+    python reproduce.py typographic        a judge that reads digits, and one that does not
     python reproduce.py control            plans and closed-loop control instead of pictures
     python reproduce.py --draw             all tables and pictures again, from the logs
 
 experiments.py has the commands that are run, reproduce_figures.py the drawing. Experiments share
 runs. An interrupted run goes on where it stopped, a finished one is not run again. --jobs 2 runs
 two at a time on half of the cores each, which gets more done than one on all of them;
-`fewer_steps` compares times, so nothing else should run beside it.
+`fewer_steps` and `samplers` compare times, so nothing else should run beside them.
 
 results/<model>/ holds logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table
 (.md), its numbers (.json) and pictures. A table shows every seed that has logs. The tables of the
-shipped model are also put into results/README.md, between its markers, and a summary of the
-first into README.md.
+shipped models are also put into results/README.md, where it has markers for them, and a summary of
+the first into README.md.
 
-With another --model there are `rewards` and `algorithms`, without `clip`: the shipped CLIP, which
-the other experiments use as a judge or as a watched metric, knows icons alone.
+`--model models/emoji-flow` has all experiments, too. With a model that is not shipped there are
+`rewards` and `algorithms`, without `clip`: the shipped CLIP, which the other experiments use as a
+judge or as a watched metric, knows icons alone.
 """
 
 import argparse
@@ -52,6 +55,8 @@ EXPERIMENTS = {  # name: (its commands, its table and figures)
     "generalisation": (experiments.generalisation, reproduce_figures.draw_generalisation),
     "overoptimisation": (experiments.overoptimisation, reproduce_figures.draw_overoptimisation),
     "fewer_steps": (experiments.fewer_steps, reproduce_figures.draw_fewer_steps),
+    "samplers": (experiments.samplers, reproduce_figures.draw_samplers),
+    "typographic": (experiments.typographic, reproduce_figures.draw_typographic),
     "control": (reproduce_control.commands, reproduce_control.draw),
 }
 FOR_OTHER_MODELS = ["rewards", "algorithms"]
@@ -204,7 +209,7 @@ def main(arguments=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
     model = Path(args.model).name
     shipped = is_emoji(args.model)
-    default = shipped and model == "emoji"  # the pages show its tables alone
+    default = shipped and model == "emoji"
     flags = args.flags if default else f"--model {args.model} {args.flags}"
     for name in args.experiments:
         room = "control" if name == "control" else model  # its models are its own
@@ -227,8 +232,8 @@ def main(arguments=None):
         (results / f"{name}.md").write_text("\n".join(lines) + "\n")
         (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
         print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
-        if default:
-            insert_table(Path("results/README.md"), name, lines)
+        if shipped:  # the page's markers of the other shipped model begin with its name
+            insert_table(Path("results/README.md"), name if default else f"{model} {name}", lines)
         if default and name == "rewards":
             insert_table(Path("README.md"), "headline", headline(numbers))
 

@@ -14,18 +14,21 @@ from dataclasses import replace
 import torch
 
 from ddpo import Config
+from emoji.classifiers import digits, recognised
 from evaluate import evaluations, first_and_kept, fixed_prompts
-from experiments import ALGORITHMS, CHEAPER, HELD_OUT, PREVENTIONS
+from experiments import ALGORITHMS, CHEAPER, HELD_OUT, PREVENTIONS, SAMPLERS, run_of
 from processes import seeded
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
 from run_folder import picture_grid, read_metrics
-from sample import load_pipeline, sample_trajectories
+from sample import is_emoji, load_pipeline, sample_trajectories
 
 # Student's t, two-sided 95 %, by number of seeds; 2.31 for 9
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 REWARDS = ("compress", "incompress", "clip")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+SAMPLER_COLOURS = {"ddim": "C0", "cps": "C1", "flow": "C2", "dance": "C3"}
+TRAINED_LINES = {"first half": "-", "all": "--", "window": ":", "moving window": "-."}
 
 
 def settings_of(folder, config_class=Config):
@@ -85,12 +88,12 @@ def save_figure(figure, path):
     figure.savefig(path, dpi=120)
 
 
-def band(axis, curves, label, shaded=True):
+def band(axis, curves, label, shaded=True, ls="-", **style):
     """Mean and, shaded, 95 % interval of curves [(x, y), ...] that share their x."""
     length = min(len(curve) for curve in curves)
     xs = [point[0] for point in curves[0][:length]]
     middle, half = zip(*[interval(curve[i][1] for curve in curves) for i in range(length)])
-    line, = axis.plot(xs, middle, "o-", ms=3, label=label)
+    line, = axis.plot(xs, middle, marker="o", ms=3, label=label, ls=ls, **style)
     if shaded and len(curves) > 1:
         low, high = [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)]
         axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, lw=0)
@@ -115,12 +118,12 @@ def pictures(config, models, prompts, path, columns=10):
     picture_grid(rows, list(models), chosen, cell=112).save(path)
 
 
-def measure(config, folder, prompts, strength=1.0):
-    """Means of {compress, clip, clip_top1} on the fixed prompts and seeds of evaluate.evaluate, for
-    the weights of a run (None: the base model)."""
-    pipeline = load_pipeline(config.model, lora=folder, lora_scale=strength)
-    chosen, images = fixed_prompts(prompts, 64), []
-    for start in (0, 32):
+def evaluation_pictures(config, weights, prompts, strength=1.0, count=64):
+    """(pictures, their prompts): the fixed prompts and seeds of evaluate.evaluate, for the weights of
+    a run (None: the base model)."""
+    pipeline = load_pipeline(config.model, lora=weights, lora_scale=strength)
+    chosen, images = fixed_prompts(prompts, count), []
+    for start in range(0, count, 32):
         batch = chosen[start:start + 32]
         generators = [
             seeded(0, 0, start + i, device=pipeline.device) for i in range(len(batch))
@@ -129,11 +132,43 @@ def measure(config, folder, prompts, strength=1.0):
             pipeline, batch, config.steps, config.guidance_scale, generator=generators
         )
         images.append(trajectories.images)
-    images = torch.cat(images)
+    return torch.cat(images).cpu(), chosen
+
+
+def measure(config, weights, prompts, strength=1.0):
+    """Means of {compress, clip, clip_top1} of evaluation_pictures."""
+    images, chosen = evaluation_pictures(config, weights, prompts, strength)
     animals = load_prompts("animals") + load_prompts("animals_held_out")
     top1 = clip_top1(images, chosen, list(dict.fromkeys(chosen + animals)))
     means = {name: get_reward(name)(images, chosen).mean().item() for name in ("compress", "clip")}
     return means | {"clip_top1": top1.float().mean().item()}
+
+
+def newer(path, other):
+    return path.exists() and (not other.exists() or path.stat().st_mtime > other.stat().st_mtime)
+
+
+def measure_recognition(runs, path, out):
+    """{run: share of 180 evaluation_pictures (four of each animal) that the independent classifier
+    recognises, "before" and "kept"}, from weights that are newer than the file at `path`, or else as
+    it says."""
+    seen, before = json.loads(path.read_text()) if path.exists() else {}, {}
+    for run in runs:
+        folder = out / run
+        if not newer(folder / "unet", path):
+            continue
+        config = settings_of(folder)
+        prompts = load_prompts(config.prompts)
+        if not is_emoji(config.model) or any(" with " in prompt for prompt in prompts):
+            continue  # the classifier has learnt from pictures of one thing
+        sampled = config.model, config.prompts, config.steps, config.guidance_scale
+        if sampled not in before:
+            images, chosen = evaluation_pictures(config, None, prompts, count=180)
+            before[sampled] = recognised(images, chosen).mean().item()
+        images, chosen = evaluation_pictures(config, folder, prompts, count=180)
+        seen[run] = {"before": before[sampled], "kept": recognised(images, chosen).mean().item()}
+    path.write_text(json.dumps(seen, indent=1) + "\n")
+    return seen
 
 
 def draw_rewards(runs, results, out):
@@ -144,6 +179,7 @@ def draw_rewards(runs, results, out):
         if name.startswith(f"{reward}-")
     }
     rows, numbers = [], {}
+    seen = measure_recognition(runs, results / "logs" / "recognised.json", out)
     for name, log in runs.items():
         first, last = kept(name, results / "logs")
         reward, seed = name.split("-")
@@ -157,12 +193,15 @@ def draw_rewards(runs, results, out):
             for key, digits in ((cosine, 3), ("eval_clip_top1", 2))  # not without --watch clip
         ]
         epochs = f"{last['epoch']} of {log[-1]['epoch']}"
-        rows.append([f"{reward}, seed {seed}", epochs, *change, *clip])
+        by_classifier = "{before:.2f} → {kept:.2f}".format(**seen[name]) if name in seen else ""
+        rows.append([f"{reward}, seed {seed}", epochs, *change, *clip, by_classifier])
         seconds = sum(row.get("seconds", 0) + row.get("seconds_eval", 0) for row in log)
         numbers[name] = {"first": first, "kept": last, "seconds": seconds}
+        numbers[name] |= {"classifier": seen[name]} if name in seen else {}
     draw_reward_curves(runs, results / "rewards.png")
     draw_reward_pictures(runs, results, out)
-    return table(["run", "epochs", "kB", "change", "CLIP cosine", "top-1"], rows), numbers
+    columns = ["run", "epochs", "kB", "change", "CLIP cosine", "top-1", "classifier"]
+    return table(columns, rows), numbers
 
 
 def headline(numbers):
@@ -174,12 +213,15 @@ def headline(numbers):
         first = runs[0]["first"]
         before = abs(first["eval_reward"])
         after, half = interval(abs(run["kept"]["eval_reward"]) for run in runs)
-        top1, top1_half = interval(run["kept"]["eval_clip_top1"] for run in runs)
+        seen = [run["classifier"] for run in runs if "classifier" in run]
+        recognised = ""
+        if seen:
+            mean, mean_half = interval(share["kept"] for share in seen)
+            recognised = f"{seen[0]['before']:.2f} → {mean:.2f} ± {mean_half:.2f}"
         unit = "CLIP cosine" if reward == "clip" else "kB"
         rows.append([f"`{reward}` ({unit})", f"{before:.2f}", f"{after:.2f} ± {half:.2f}",
-                     f"{after / before - 1:+.0%}",
-                     f"{first['eval_clip_top1']:.2f} → {top1:.2f} ± {top1_half:.2f}"])
-    return table(["reward", "before", "after", "change", "top-1"], rows)
+                     f"{after / before - 1:+.0%}", recognised])
+    return table(["reward", "before", "after", "change", "recognised"], rows)
 
 
 def draw_reward_curves(runs, path):
@@ -444,3 +486,119 @@ def draw_fewer_steps(runs, results, out):
     columns = ["variant", "size after 6 epochs", "CLIP cosine", "time of an epoch",
                "size after the time of the first row"]
     return table(columns, rows), numbers
+
+
+def draw_samplers(runs, results, out):
+    """Gains are relative to the variant's own pictures before training: each sampler leaves another
+    amount of noise in them. Time is that of the epochs, without their evaluations."""
+    figure, axes = plots(2, width=5.5, height=4)
+    panels = {
+        "which steps are trained": ("first half", "all"),
+        "which steps have noise": ("first half", "window", "moving window"),
+    }
+    rows, numbers = [], {}
+    for variant in SAMPLERS:
+        logs = seeds_of(runs, run_of(variant))
+        if not logs:
+            continue
+        sampler, trained = variant.split(", ")
+        seconds = statistics.median(  # of an epoch
+            row["seconds"] for log in logs for row in log if "seconds" in row
+        )
+        evaluated = [evaluations(log) for log in logs]
+        curves = [  # of (minutes, gain in percent of the reward before, which is negative)
+            [(row["epoch"] * seconds / 60, 100 - 100 * row["eval_reward"] / log[0]["eval_reward"])
+             for row in log]
+            for log in evaluated
+        ]
+        for axis, shown in zip(axes, panels.values()):
+            if trained in shown:
+                style = dict(color=SAMPLER_COLOURS[sampler], ls=TRAINED_LINES[trained])
+                band(axis, curves, variant, shaded=False, **style)
+        first = evaluated[0][0]  # the same for all seeds
+        before, top1_before = abs(first["eval_reward"]), first["eval_clip_top1"]
+        gain, half = interval(curve[-1][1] for curve in curves)
+        rate, rate_half = interval(curve[-1][1] / curve[-1][0] for curve in curves)
+        top1, top1_half = interval(log[-1]["eval_clip_top1"] for log in evaluated)
+        rows.append([
+            sampler, trained, f"{before:.2f}", f"{top1_before:.2f}", f"{gain:+.1f}% ± {half:.1f}",
+            f"{top1:.2f} ± {top1_half:.2f}", f"{seconds:.1f}", f"{rate:+.1f}% ± {rate_half:.1f}",
+        ])  # fmt: skip
+        numbers[variant] = {
+            "kB_before": before, "top1_before": top1_before, "gain_percent": gain,
+            "gain_half_width_95": half, "top1_after": top1, "top1_half_width_95": top1_half,
+            "seconds_of_an_epoch": seconds, "gain_percent_a_minute": rate,
+            "gain_a_minute_half_width_95": rate_half, "seeds": len(logs),
+        }  # fmt: skip
+    for title, axis in zip(panels, axes):
+        axis.set(title=title, xlabel="minutes of training", ylabel="gain of the reward (%)")
+        axis.legend(fontsize=7)
+    save_figure(figure, results / "samplers.png")
+    columns = ["sampler", "trained", "kB before", "top-1 before", "reward gained", "top-1 after",
+               "seconds of an epoch", "gained a minute"]
+    return table(columns, rows), numbers
+
+
+def share_of_digits(config, weights):
+    """How many of 64 pictures of the run's prompts show a digit: an evaluation's prompts and seeds."""
+    images, _ = evaluation_pictures(config, weights, load_prompts(config.prompts))
+    return (digits(images) > 0).float().mean().item()
+
+
+def measure_digits(runs, path, out):
+    """{run: share of the pictures with a digit: "before", at the "end", and at the epoch that the
+    "guard" chose}, from weights that are newer than the file at `path`, or else as it says."""
+    seen = json.loads(path.read_text()) if path.exists() else {}
+    for run in runs:
+        folder = out / run
+        if newer(folder / "unet", path):
+            config = settings_of(folder)
+            weights = {"before": None, "guard": folder, "end": last_weights(folder)}
+            seen[run] = {when: share_of_digits(config, w) for when, w in weights.items()}
+    path.write_text(json.dumps(seen, indent=1) + "\n")
+    return seen
+
+
+def draw_typographic(runs, results, out):
+    shown = measure_digits(runs, results / "logs" / "digits.json", out)
+    honest = "eval_emoji/classifiers.py:honest_count"
+    figure, (score_axis, count_axis, digit_axis) = plots(3)
+    rows, numbers = [], {}
+    for i, judge in enumerate("ab"):
+        logs = seeds_of(runs, f"typographic-{judge}")
+        names = [run for run in runs if run.startswith(f"typographic-{judge}-") and run in shown]
+        if not logs or not names:
+            continue
+        label = {"a": "digits tell the number", "b": "digits tell nothing"}[judge]
+        logs = [evaluations(log) for log in logs]
+        for axis, key in ((score_axis, "eval_reward"), (count_axis, honest)):
+            band(axis, [[(row["images"], row[key]) for row in log] for log in logs], label)
+        chosen = [kept(name, results / "logs")[1] for name in names]
+        for when, ends in (("before", [log[0] for log in logs]), ("end", [log[-1] for log in logs]),
+                           ("guard", chosen)):
+            score, count = interval(row["eval_reward"] for row in ends), interval(
+                row[honest] for row in ends)
+            digit = interval(shown[name][when] for name in names)
+            several = [f"{mean:.2f} ± {half:.2f}" for mean, half in (score, count, digit)]
+            rows.append([label, {"guard": "the guard's epoch"}.get(when, when), *several])
+            numbers[f"{judge} {when}"] = {
+                "judge": score[0], "honest_count": count[0], "digits": digit[0], "seeds": len(ends),
+            }  # fmt: skip
+            digit_axis.bar(("before", "guard", "end").index(when) + 0.4 * i, digit[0], 0.35,
+                           yerr=digit[1], capsize=3, color=f"C{i}", label=label * (when == "end"))
+    score_axis.set(title="the judge's log-probability: trained on", xlabel="pictures sampled")
+    count_axis.set(title="right by the honest counter: watched", xlabel="pictures sampled")
+    digit_axis.set(title="pictures with a digit", xticks=[0.2, 1.2, 2.2],
+                   xticklabels=["before", "guard", "end"])
+    for axis in (score_axis, count_axis):
+        axis.legend(fontsize=8)
+    save_figure(figure, results / "typographic.png")
+    folders = {f"judge {judge.upper()}": out / f"typographic-{judge}-0" for judge in "ab"}
+    if all((folder / "unet").exists() for folder in folders.values()):
+        first = folders["judge A"]
+        models = {"before": {}} | {
+            name: dict(lora=last_weights(folder)) for name, folder in folders.items()
+        } | {"judge A, guarded": dict(lora=first)}  # fmt: skip
+        config = settings_of(first)
+        pictures(config, models, load_prompts(config.prompts), results / "typographic_pictures.png")
+    return table(["judge", "when", "judge's log-prob", "honest count", "with a digit"], rows), numbers

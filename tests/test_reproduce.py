@@ -115,28 +115,30 @@ def test_tables_and_curves_are_drawn_from_logs_alone(experiment, repository, cap
     assert json.loads((results / f"{experiment}.json").read_text())
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_committed_tables_follow_from_the_committed_logs(experiment, repository, capsys):
-    room = "control" if experiment == "control" else "emoji"
+@pytest.mark.parametrize("room, experiment", [
+    (path.parent.name, path.stem) for path in sorted((ROOT / "results").glob("*/*.md"))
+])
+def test_the_committed_tables_follow_from_the_committed_logs(room, experiment, repository, capsys):
     shutil.copytree(ROOT / "results" / room / "logs", repository / "results" / room / "logs")
     page = repository / "results/README.md"
-    page.write_text(f"before\n<!-- {experiment} -->\nan old table\n<!-- /{experiment} -->\nafter\n")
-    reproduce.main([experiment, "--draw", "--seeds", "1"])  # all seeds are drawn nevertheless
+    marker = f"{room} {experiment}" if room == "emoji-flow" else experiment
+    page.write_text(f"before\n<!-- {marker} -->\nan old table\n<!-- /{marker} -->\nafter\n")
+    model = "models/emoji-flow" if room == "emoji-flow" else "models/emoji"
+    # all seeds are drawn nevertheless
+    reproduce.main([experiment, "--draw", "--seeds", "1", "--model", model])
     table = (ROOT / "results" / room / f"{experiment}.md").read_text()
     assert (repository / "results" / room / f"{experiment}.md").read_text() == table
-    assert page.read_text() == (
-        f"before\n<!-- {experiment} -->\n{table}<!-- /{experiment} -->\nafter\n"
-    )
+    assert page.read_text() == f"before\n<!-- {marker} -->\n{table}<!-- /{marker} -->\nafter\n"
     numbers = (ROOT / "results" / room / f"{experiment}.json").read_text()
     assert (repository / "results" / room / f"{experiment}.json").read_text() == numbers
 
 
 def test_the_headline_is_the_mean_of_the_seeds():
-    def row(reward, top1):
-        return {"eval_reward": reward, "eval_clip_top1": top1}
-
-    numbers = {f"compress-{seed}": {"first": row(-2.0, 1.0), "kept": row(-size, 0.8)}
-               for seed, size in enumerate((1.0, 2.0))}
+    numbers = {
+        f"compress-{seed}": {"first": {"eval_reward": -2.0}, "kept": {"eval_reward": -size},
+                             "classifier": {"before": 1.0, "kept": 0.8}}
+        for seed, size in enumerate((1.0, 2.0))
+    }  # fmt: skip
     *_, line = reproduce_figures.headline(numbers)
     half = 12.71 * math.sqrt(0.5) / math.sqrt(2)  # Student's t with one degree of freedom
     assert line == f"| `compress` (kB) | 2.00 | 1.50 ± {half:.2f} | -25% | 1.00 → 0.80 ± 0.00 |"
@@ -158,13 +160,38 @@ def test_another_models_tables_do_without_the_shipped_clip(experiment, repositor
     assert capsys.readouterr().err == f"experiment overoptimisation: {message}\n"
 
 
-def test_the_pages_show_the_tables_of_the_default_model_alone(repository):
+def test_each_models_table_is_put_between_its_own_markers(repository):
     for i, name in enumerate(plan("fewer_steps", 2)):
         fake_run(repository / "results/emoji-flow/logs" / name, seed=i)
     page = repository / "results/README.md"
-    page.write_text("<!-- fewer_steps -->\nits table\n<!-- /fewer_steps -->\n")
+    first = "<!-- fewer_steps -->\nits table\n<!-- /fewer_steps -->\n"
+    start, end = "<!-- emoji-flow fewer_steps -->\n", "<!-- /emoji-flow fewer_steps -->\n"
+    page.write_text(first + start + end)
     reproduce.main(["fewer_steps", "--draw", "--model", "models/emoji-flow"])
-    assert (repository / "results/emoji-flow/fewer_steps.md").exists() and "its table" in page.read_text()
+    table = (repository / "results/emoji-flow/fewer_steps.md").read_text()
+    assert page.read_text() == first + start + table + end
+
+
+def test_samplers_are_compared_by_what_each_gains_on_its_own_pictures(repository):
+    """And in its own time: here the second sampler starts from larger files and takes twice as long."""
+    def log(before, after, seconds):
+        return [{"epoch": epoch, "eval_reward": -before + (before - after) * epoch / 6,
+                 "eval_clip_top1": 0.9 - 0.01 * epoch} | ({"seconds": seconds} if epoch else {})
+                for epoch in (0, 3, 6)]  # fmt: skip
+
+    runs = {}
+    for seed, after in enumerate((1.8, 1.64)):
+        runs[f"samplers-ddim-first-half-{seed}"] = log(2.0, after, seconds=10.0)
+        runs[f"samplers-flow-moving-window-{seed}"] = log(4.0, 2 * after, seconds=20.0)
+    lines, numbers = reproduce_figures.draw_samplers(runs, repository, repository)
+    half = 12.71 * 4  # of gains of 10 and 18 %: Student's t with one degree of freedom
+    assert lines[2:] == [
+        f"| ddim | first half | 2.00 | 0.90 | +14.0% ± {half:.1f} | 0.84 ± 0.00 | 10.0 "
+        f"| +14.0% ± {half:.1f} |",
+        f"| flow | moving window | 4.00 | 0.90 | +14.0% ± {half:.1f} | 0.84 ± 0.00 | 20.0 "
+        f"| +7.0% ± {half / 2:.1f} |",
+    ]
+    assert [*numbers] == ["ddim, first half", "flow, moving window"]
 
 
 def test_what_a_table_reports_is_the_evaluation_whose_weights_were_saved(tmp_path):
@@ -196,7 +223,8 @@ def test_where_weights_are_pictures_and_measurements_are_taken_of_them(tmp_path)
     out, results = tmp_path / "out", tmp_path / "results"
     command = TINY.replace("--eval-images 2", "--eval-images 64").replace("--watch=", "")
     command = command.replace("--epochs 2", "--epochs 1")
-    assert run_all({"compress-0": command}, out, results / "logs", jobs=1, minutes=0) == []
+    ddpo.main([*command.split()[1:], "--name", "compress-0", "--out", str(out)])
+    shutil.copytree(out / "compress-0", results / "logs/compress-0")
     runs = {"compress-0": read_metrics(results / "logs/compress-0/metrics.jsonl")}
     reproduce_figures.draw_rewards(runs, results, out)
     grid = Image.open(results / "compress.png")
