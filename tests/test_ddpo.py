@@ -388,7 +388,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
 
 def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
     def draw(pipeline):
-        noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
         return pipeline(
             ["a cat", "a fox"],
             num_inference_steps=5,

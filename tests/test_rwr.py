@@ -327,7 +327,7 @@ def test_it_learns_to_denoise_the_pictures_that_count(tmp_path, monkeypatch):
     (prompts, trajectories, _, _), weights = seen
     best = weights.nonzero().flatten().repeat(8)
     noise, timesteps = (
-        torch.randn(16, 4, 16, 16, generator=torch.Generator().manual_seed(5)),
+        torch.randn(16, 8, 16, 16, generator=torch.Generator().manual_seed(5)),
         torch.arange(16) * 60,
     )
 

@@ -118,7 +118,7 @@ def test_a_stored_walk_scores_as_it_did_when_it_was_sampled(pipeline, dtype):
     prompts = ["a cat", "a dog", "a fox"]
     generator = torch.Generator().manual_seed(0)
     walk = sample_trajectories(pipeline, prompts, 6, 4.0, generator=generator, dtype=dtype)
-    assert walk.latents.shape == (3, 7, 4, 16, 16) and walk.latents.dtype == torch.float32
+    assert walk.latents.shape == (3, 7, 8, 16, 16) and walk.latents.dtype == torch.float32
     assert walk.log_probs.shape == (3, 6) and walk.timesteps.shape == (6,)
     assert walk.images.shape == (3, 3, 64, 64) and walk.images.dtype == torch.uint8
     _, table = ddim_table(pipeline.scheduler, 6)
@@ -141,7 +141,7 @@ def test_a_picture_with_its_own_generator_does_not_depend_on_its_batch(pipeline)
 
 
 def test_sampling_without_noise_agrees_with_diffusers_own_pipeline(pipeline):
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(3))
     theirs = pipeline("a frog", num_inference_steps=10, guidance_scale=4.0, eta=0.0, latents=noise,
                       output_type="pt").images
     generator = torch.Generator().manual_seed(3)

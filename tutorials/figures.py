@@ -272,7 +272,7 @@ def watch_it_hack_the_reward(n):
     axis.set(xlabel="JPEG size (kB)",
              ylabel="CLIP cosine, in standard\ndeviations of the base model's")
     axis.invert_xaxis()
-    axis.legend(loc="lower left")
+    axis.legend(loc="center left")
     save("5_guard.png")
 
 
