@@ -34,7 +34,7 @@ class Settings:
     name: str = ""  # of the run's folder (default: the reward)
     out: str = "runs"  # the folder of the run's folder
     seed: int = 0  # everything random follows from it
-    epochs: int = 14  # at most, see --guard
+    epochs: int = 6  # at most, see --guard
 
     # sampling
     images: int = 96  # pictures an epoch, over all processes
@@ -59,9 +59,9 @@ class Settings:
         # faster, and the pictures suffer less
     lora_targets: str = ""  # layers that get an adapter, with --lora-rank, such as "to_q,proj_in" (default:
         # those of the attention, see models.lora_targets)
-    lr: float = 0.0  # 0: 3e-3 for LoRA and 1e-4 for the whole network; on other models than the
+    lr: float = 0.0  # 0: 3e-3 for LoRA and 1.3e-4 for the whole network; on other models than the
         # emoji model 3e-4 and 1e-5
-    warmup: int = 20  # updates in which the learning rate rises, because Adam's first steps have
+    warmup: int = 10  # updates in which the learning rate rises, because Adam's first steps have
         # full length, however noisy the gradient is
     weight_decay: float = 1e-4  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -69,13 +69,13 @@ class Settings:
 
     # against over-optimisation
     ema: float = 0.9  # evaluate and save weights averaged over about 1 / (1 - ema) updates (0: the newest)
-    guard: float = 0.6  # how far a watched metric may fall, in standard deviations of the base
+    guard: float = 0.4  # how far a watched metric may fall, in standard deviations of the base
         # model's pictures (0: no guard)
     patience: int = 2  # evaluations in a row that fail the guard, or do not improve --eval-prompts,
         # before the run ends
 
     # evaluation and saving
-    eval_every: int = 1  # epochs between evaluations (always before the first and after the last)
+    eval_every: int = 2  # epochs between evaluations (always before the first and after the last)
     eval_images: int = 64  # pictures of an evaluation, two of each prompt
     eval_prompts: str = ""  # more prompt sets to evaluate, such as "animals_held_out,objects"; the
         # weights that are best for them are saved
@@ -176,7 +176,7 @@ def check(config):
 
     config.updates = config.updates or 1
     emoji = is_emoji(config.model)  # 160 times smaller than Stable Diffusion: it needs larger steps
-    lora_lr, whole_lr = (3e-3, 1e-4) if emoji else (3e-4, 1e-5)
+    lora_lr, whole_lr = (3e-3, 1.3e-4) if emoji else (3e-4, 1e-5)
     config.lr = config.lr or (lora_lr if config.lora_rank else whole_lr)
     config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward)
     out, folder = os.path.abspath(config.out), os.path.abspath(os.path.join(config.out, config.name))
