@@ -193,14 +193,14 @@ def draw_rewards(runs, results, out):
             for key, digits in ((cosine, 3), ("eval_clip_top1", 2))  # not without --watch clip
         ]
         epochs = f"{last['epoch']} of {log[-1]['epoch']}"
-        by_classifier = "{before:.2f} → {kept:.2f}".format(**seen[name]) if name in seen else ""
-        rows.append([f"{reward}, seed {seed}", epochs, *change, *clip, by_classifier])
+        by_classifier = ["{before:.2f} → {kept:.2f}".format(**seen[name]) if name in seen else ""]
+        rows.append([f"{reward}, seed {seed}", epochs, *change, *clip, *by_classifier * bool(seen)])
         seconds = sum(row.get("seconds", 0) + row.get("seconds_eval", 0) for row in log)
         numbers[name] = {"first": first, "kept": last, "seconds": seconds}
         numbers[name] |= {"classifier": seen[name]} if name in seen else {}
     draw_reward_curves(runs, results / "rewards.png")
     draw_reward_pictures(runs, results, out)
-    columns = ["run", "epochs", "kB", "change", "CLIP cosine", "top-1", "classifier"]
+    columns = ["run", "epochs", "kB", "change", "CLIP cosine", "top-1", *["classifier"] * bool(seen)]
     return table(columns, rows), numbers
 
 

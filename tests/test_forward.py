@@ -22,7 +22,7 @@ KINDS = ["epsilon", "v_prediction", "sample", "flow"]
 LOSSES = {"nft": nft_loss, "awm": awm_loss}
 SMALL = dict(
     reward="compress", watch="", preset="emoji", images=8, sample_batch=4, train_batch=4, steps=3,
-    epochs=2, eval_images=2, group_size=4, updates=2, inner_epochs=2, lr=1e-3, warmup=0,
+    epochs=2, eval_every=1, eval_images=2, group_size=4, updates=2, inner_epochs=2, lr=1e-3, warmup=0,
     guidance_scale=2.0, device="cpu", dtype="fp32",
 )
 

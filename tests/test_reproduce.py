@@ -69,6 +69,7 @@ def fake_run(folder, seed, sizes=(2.5, 2.2, 2.0), cosines=(0.66, 0.65, 0.3), **s
     lines = []
     for epoch, (size, cosine) in enumerate(zip(sizes, cosines)):
         row = {"epoch": epoch, "images": 64 * epoch, "eval_clip_std": 0.05}
+        row |= {"eval_emoji/classifiers.py:honest_count": 0.6}
         if epoch:
             row |= {"reward_mean": -size, "seconds": 1.0}
         for view in views:
@@ -107,6 +108,9 @@ def test_tables_and_curves_are_drawn_from_logs_alone(experiment, repository, cap
         for i, run in enumerate(("base", "guided", f"{reward}-0", f"{reward}-1"))
     }
     (repository / "results/emoji/logs/held_out.json").write_text(json.dumps(held_out))
+    digits = {f"typographic-{judge}-{seed}": {"before": 0.1, "guard": 0.2, "end": 0.3}
+              for judge in "ab" for seed in range(2)}
+    (repository / "results/emoji/logs/digits.json").write_text(json.dumps(digits))
     reproduce.main([experiment, "--draw", "--seeds", "2"])
     results = repository / "results/emoji"
     assert (results / f"{experiment}.png").stat().st_size > 0
