@@ -239,8 +239,10 @@ def test_a_short_run_raises_its_reward_beyond_chance(tmp_path):
         out=str(tmp_path),
         watch="",
         device="cpu",
-        images=64,
-        steps=10,
+        images=48,
+        sample_batch=24,
+        steps=5,
+        guidance_scale=1.0,  # half the work
         epochs=4,
         warmup=0,
         lr=2e-4,
