@@ -148,27 +148,38 @@ def newer(path, other):
     return path.exists() and (not other.exists() or path.stat().st_mtime > other.stat().st_mtime)
 
 
-def measure_recognition(runs, path, out):
-    """{run: share of 180 evaluation_pictures (four of each animal) that the independent classifier
-    recognises, "before" and "kept"}, from weights that are newer than the file at `path`, or else as
-    it says."""
-    seen, before = json.loads(path.read_text()) if path.exists() else {}, {}
+def measured(runs, path, out, measure_run):
+    """{run: measure_run(its settings, its folder)}, but not None, of weights that are newer than the
+    file at `path`; of the other runs as that file says. Then it says all."""
+    seen = json.loads(path.read_text()) if path.exists() else {}
     for run in runs:
         folder = out / run
-        if not newer(folder / "unet", path):
-            continue
-        config = settings_of(folder)
-        prompts = load_prompts(config.prompts)
-        if not is_emoji(config.model) or any(" with " in prompt for prompt in prompts):
-            continue  # the classifier has learnt from pictures of one thing
-        sampled = config.model, config.prompts, config.steps, config.guidance_scale
-        if sampled not in before:
-            images, chosen = evaluation_pictures(config, None, prompts, count=180)
-            before[sampled] = recognised(images, chosen).mean().item()
-        images, chosen = evaluation_pictures(config, folder, prompts, count=180)
-        seen[run] = {"before": before[sampled], "kept": recognised(images, chosen).mean().item()}
+        if newer(folder / "unet", path):
+            seen[run] = measure_run(settings_of(folder), folder)
+    seen = {run: values for run, values in seen.items() if values is not None}
     path.write_text(json.dumps(seen, indent=1) + "\n")
     return seen
+
+
+def measure_recognition(runs, path, out):
+    """{run: share of 180 evaluation_pictures (four of each animal) that the independent classifier
+    recognises, "before" and "kept"}, see `measured`."""
+    before = {}  # runs have the same base model
+
+    def share(config, weights):
+        images, chosen = evaluation_pictures(config, weights, load_prompts(config.prompts), count=180)
+        return recognised(images, chosen).mean().item()
+
+    def before_and_kept(config, folder):
+        pairs = any(" with " in prompt for prompt in load_prompts(config.prompts))
+        if pairs or not is_emoji(config.model):
+            return None  # the classifier has learnt from pictures of one thing
+        sampled = config.model, config.prompts, config.steps, config.guidance_scale
+        if sampled not in before:
+            before[sampled] = share(config, None)
+        return {"before": before[sampled], "kept": share(config, folder)}
+
+    return measured(runs, path, out, before_and_kept)
 
 
 def draw_rewards(runs, results, out):
@@ -446,7 +457,7 @@ def draw_fewer_steps(runs, results, out):
     the base model are a little larger."""
     figure, (curve_axis, bar_axis) = plots(2, width=5.5, height=4)
     rows, numbers = [], {}
-    logs_of = {variant: seeds_of(runs, f"steps-{variant.replace(' ', '-')}") for variant in CHEAPER}
+    logs_of = {variant: seeds_of(runs, run_of("steps", variant)) for variant in CHEAPER}
     if not logs_of["10 steps"]:
         logs_of = {}  # nothing to compare with yet
     clock = {}  # median seconds of an epoch, without its evaluation
@@ -498,7 +509,7 @@ def draw_samplers(runs, results, out):
     }
     rows, numbers = [], {}
     for variant in SAMPLERS:
-        logs = seeds_of(runs, run_of(variant))
+        logs = seeds_of(runs, run_of("samplers", variant))
         if not logs:
             continue
         sampler, trained = variant.split(", ")
@@ -539,24 +550,18 @@ def draw_samplers(runs, results, out):
     return table(columns, rows), numbers
 
 
-def share_of_digits(config, weights):
-    """How many of 64 pictures of the run's prompts show a digit: an evaluation's prompts and seeds."""
-    images, _ = evaluation_pictures(config, weights, load_prompts(config.prompts))
-    return (digits(images) > 0).float().mean().item()
-
-
 def measure_digits(runs, path, out):
-    """{run: share of the pictures with a digit: "before", at the "end", and at the epoch that the
-    "guard" chose}, from weights that are newer than the file at `path`, or else as it says."""
-    seen = json.loads(path.read_text()) if path.exists() else {}
-    for run in runs:
-        folder = out / run
-        if newer(folder / "unet", path):
-            config = settings_of(folder)
-            weights = {"before": None, "guard": folder, "end": last_weights(folder)}
-            seen[run] = {when: share_of_digits(config, w) for when, w in weights.items()}
-    path.write_text(json.dumps(seen, indent=1) + "\n")
-    return seen
+    """{run: share of 64 evaluation_pictures with a digit: "before", at the "end", and at the epoch
+    that the "guard" chose}, see `measured`."""
+    def share(config, weights):
+        images, _ = evaluation_pictures(config, weights, load_prompts(config.prompts))
+        return (digits(images) > 0).float().mean().item()
+
+    def three_times(config, folder):
+        weights = {"before": None, "guard": folder, "end": last_weights(folder)}
+        return {when: share(config, of_then) for when, of_then in weights.items()}
+
+    return measured(runs, path, out, three_times)
 
 
 def draw_typographic(runs, results, out):
@@ -576,8 +581,7 @@ def draw_typographic(runs, results, out):
         chosen = [kept(name, results / "logs")[1] for name in names]
         for when, ends in (("before", [log[0] for log in logs]), ("end", [log[-1] for log in logs]),
                            ("guard", chosen)):
-            score, count = interval(row["eval_reward"] for row in ends), interval(
-                row[honest] for row in ends)
+            score, count = (interval(row[key] for row in ends) for key in ("eval_reward", honest))
             digit = interval(shown[name][when] for name in names)
             several = [f"{mean:.2f} ± {half:.2f}" for mean, half in (score, count, digit)]
             rows.append([label, {"guard": "the guard's epoch"}.get(when, when), *several])

@@ -238,6 +238,12 @@ def summarise(rows, images):
     return summary
 
 
+def markdown(rows):
+    """A Markdown table of rows of text, the first of which is its heading."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("|  |", "| |")
+
+
 def table(record):
     """The Markdown table of a record: ratios everywhere; on a GPU, where they mean something to
     others, absolute figures too."""
@@ -246,15 +252,15 @@ def table(record):
     columns = ["variant", *PHASES]
     if absolute:
         columns = ["variant", *(f"{phase}, images/s" for phase in PHASES), "peak GB"]
-    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
+    lines = [columns]
     for name, row in rows.items():
         cells = [times_faster(row[phase]) for phase in PHASES]
         if absolute:
             speeds = [f"{row['images_per_second'][phase]:.2f}" for phase in PHASES]
             cells = [f"{speed}, {cell}" for speed, cell in zip(speeds, cells)]
             cells.append(f"{row['peak_memory_gb']:.1f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown(lines)
 
 
 def times_faster(ratio):

@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
 from benchmarks.epoch import PHASES, command_line, count_rows, launch, machine, model_folder, ratios
-from benchmarks.epoch import record_as, setting, take_turns, times_faster, versions
+from benchmarks.epoch import markdown, record_as, setting, take_turns, times_faster, versions
 from benchmarks.epoch import __file__ as OUR_WORKER
 
 EMOJI = dict(
@@ -208,8 +208,7 @@ def table(record):
         ratio = f"{memory['ours'] / memory['TRL']:.2f}x"
         cells = "peak GB", f"{memory['TRL']:.1f}", f"{memory['ours']:.1f}", ratio
         rows = [[*row, cell] for row, cell in zip(rows, cells)]
-    head, *lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head.replace("|  |", "| |"), "| --- " * len(rows[0]) + "|", *lines])
+    return markdown(rows)
 
 
 def main(arguments=None):

@@ -68,7 +68,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
 from benchmarks.epoch import NEVER, command_line, count_replays, count_rows, epoch, launch, machine
-from benchmarks.epoch import record_as, versions
+from benchmarks.epoch import markdown, record_as, versions
 from benchmarks.peer_trl import make_trainer
 
 MODEL, PROMPTS = "models/emoji", "animals"
@@ -430,9 +430,9 @@ def remembered(file, make, good_enough=lambda value: True):
             return value
     value = make()
     if not value.get("error"):
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(value, indent=1) + "\n")
-        part.replace(file)
+        from run_folder import write_whole
+
+        write_whole(file, json.dumps(value, indent=1) + "\n")
     return value
 
 
@@ -544,11 +544,6 @@ COLUMNS = {  # heading: (key of an epoch's row, format)
     "UNet rows without gradient": ("rows_sample", ",d"),
     "with gradient": ("rows_update", ",d"),
 }
-
-
-def markdown(rows):
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows).replace("|  |", "| |")
 
 
 def table(record):

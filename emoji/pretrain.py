@@ -386,20 +386,19 @@ def recolour(pixels, chosen):
 def near_misses(captions):
     """For each caption one that differs in what is easily overlooked: another number, another
     second thing, another colour. Itself where there is no such thing ("a cat")."""
-    changed = []
+    changed, singular = [], {scenes.counted(n, 2).split(" ", 1)[1]: n for n in scenes.nouns()}
+    objects = [scenes.with_article(noun) for noun in scenes.nouns("objects")]
     for caption in captions:
         words = caption.split(" ")
         if words[0] in scenes.NUMBERS:
             noun = caption.split(" ", 1)[1]
-            singular = {scenes.counted(n, 2).split(" ", 1)[1]: n for n in scenes.nouns()}
             noun = singular.get(noun, noun)
             other = int(torch.randint(5, ()))
             other += other >= scenes.NUMBERS.index(words[0])
             caption = scenes.counted(noun, other + 1)
         elif " with " in caption:
-            things = [scenes.with_article(thing) for thing in scenes.nouns("objects")]
             first, second = caption.split(" with ")
-            things.remove(second)
+            things = [thing for thing in objects if thing != second]
             caption = f"{first} with {things[torch.randint(len(things), ())]}"
         elif " on " in caption:
             at = next(i for i, word in enumerate(words) if word in scenes.COLOURS)
