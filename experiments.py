@@ -57,6 +57,12 @@ SAMPLERS = {
     for sampler in samplers
 }
 
+JUDGED = {  # who judges the number, and the prompts
+    "A": ("a", "four_animals"),
+    "B": ("b", "four_animals"),
+    "A-three": ("a", "three_animals"),
+}
+
 
 def train_on(rewards, seeds):
     return {
@@ -105,33 +111,36 @@ def run_of(experiment, variant):
     return f"{experiment}-{variant.replace(', ', '-').replace(' ', '-')}"
 
 
-def short_runs(experiment, variants, seeds, flags=""):
-    """Six epochs of 64 pictures, the newest weights: enough to compare how fast variants learn."""
+def short_runs(experiment, variants, seeds, flags):
+    """Few epochs of 64 pictures, the newest weights: enough to compare how fast variants learn."""
     return {
         f"{run_of(experiment, variant)}-{seed}": (
-            f"ddpo.py --reward compress --seed {seed} {own_flags} --images 64 --lr 1e-4 {flags} "
-            "--epochs 6 --guard 0 --ema 0 --eval-every 3"
+            f"ddpo.py --reward compress --seed {seed} {own_flags} --images 64 {flags} "
+            "--guard 0 --ema 0 --eval-images 32"
         )
         for seed, (variant, own_flags) in itertools.product(range(seeds), variants.items())
     }
 
 
 def fewer_steps(seeds):
-    return short_runs("steps", CHEAPER, seeds, "--warmup 20 --eval-images 32")
+    return short_runs("steps", CHEAPER, seeds, "--lr 1e-4 --warmup 20 --epochs 6 --eval-every 3")
 
 
 def samplers(seeds):
-    return short_runs("samplers", SAMPLERS, seeds)
+    return short_runs("samplers", SAMPLERS, seeds, "--lr 2e-4 --warmup 4 --epochs 4 --eval-every 2")
 
 
 def typographic(seeds):
-    """Two judges of "three cats": of one, a printed digit always told the number. The newest weights
-    are in last/, those that the guard chose, which watches an honest counter, beside it."""
+    """Two judges of "four cats": for A, a printed digit always told the number. And A with a number
+    that the model rarely prints. The newest weights are in last/, those that the guard chose, which
+    watches an honest counter, beside it."""
     return {
-        f"typographic-{judge}-{seed}": (
-            f"ddpo.py --reward emoji/classifiers.py:judge_{judge} --seed {seed} "
-            "--watch emoji/classifiers.py:honest_count --prompts counting_to_six "
-            "--images 64 --epochs 12 --patience 99 --ema 0"
+        f"typographic-{variant}-{seed}": (
+            f"ddpo.py --preset emoji --model runs/pretrain/emoji-cards --seed {seed} "
+            f"--reward emoji/classifiers.py:judge_{judge} --prompts {prompts} "
+            "--watch emoji/classifiers.py:honest_count --guard 0.1 --patience 99 "
+            "--images 128 --group-size 8 --epochs 4 --eval-every 1 --train-first 0.7 "
+            "--lr 2e-4 --warmup 4 --clip-range 5e-4 --ema 0"
         )
-        for seed, judge in itertools.product(range(seeds), "ab")
+        for seed, (variant, (judge, prompts)) in itertools.product(range(seeds), JUDGED.items())
     }

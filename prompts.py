@@ -18,7 +18,10 @@ PRODUCTS = {  # every first part with every second part
     "animal_objects": ("animals", "{} with {}", "objects"),  # a cat with a guitar
     "animal_objects_held_out": ("animals_held_out", "{} with {}", "objects"),
 }
-COUNTING = {"counting": 9, "counting_to_six": 6}  # two cats ... nine cats; the largest number
+COUNTING = {  # each number with every animal: two cats, three cats ...
+    "counting": NUMBERS, "counting_to_six": NUMBERS[:5],
+    "three_animals": NUMBERS[1:2], "four_animals": NUMBERS[2:3],
+}  # fmt: skip
 SETS = sorted([file.stem for file in FOLDER.glob("*.txt")] + [*PRODUCTS, *COUNTING])
 
 
@@ -29,8 +32,8 @@ def load_prompts(spec):
     for anything that is no UTF-8 file of prompts, or that holds none.
     """
     if spec in COUNTING:
-        numbers, animals = NUMBERS[:COUNTING[spec] - 1], load_prompts("animals_plural")
-        return [f"{number} {animal}" for animal in animals for number in numbers]
+        animals = load_prompts("animals_plural")
+        return [f"{number} {animal}" for animal in animals for number in COUNTING[spec]]
     if spec in PRODUCTS:
         first, form, second = PRODUCTS[spec]
         return [form.format(a, b) for a in load_prompts(first) for b in load_prompts(second)]

@@ -20,9 +20,9 @@ results/<model>/ holds logs/<run>/ (config.json, metrics.jsonl) and, for each ex
 shipped models are also put into results/README.md, where it has markers for them, and a summary of
 the first into README.md.
 
-`--model models/emoji-flow` has all experiments, too. With a model that is not shipped there are
-`rewards` and `algorithms`, without `clip`: the shipped CLIP, which the other experiments use as a
-judge or as a watched metric, knows icons alone.
+`--model models/emoji-flow` has all but `typographic` and `control`, whose models are their own. With
+a model that is not shipped there are `rewards` and `algorithms`, without `clip`: the shipped CLIP,
+which the other experiments use as a judge or as a watched metric, knows icons alone.
 """
 
 import argparse
@@ -60,6 +60,9 @@ EXPERIMENTS = {  # name: (its commands, its table and figures)
     "control": (reproduce_control.commands, reproduce_control.draw),
 }
 FOR_OTHER_MODELS = ["rewards", "algorithms"]
+# Their models are their own, whatever --model. That of typographic is made when it is missing.
+OWN_MODELS = ["typographic", "control"]
+MADE = {"typographic": ("runs/pretrain/emoji-cards", "emoji/pretrain.py --only cards")}
 
 
 def plan(experiment, seeds):
@@ -191,6 +194,8 @@ def parse(arguments):
     args = parser.parse_args(arguments)
 
     choices = list(EXPERIMENTS) if is_emoji(args.model) else FOR_OTHER_MODELS
+    if Path(args.model).name != "emoji":
+        choices = [name for name in choices if name not in OWN_MODELS]
     for name in args.experiments:
         if name not in choices:
             why = "not for another --model" if name in EXPERIMENTS else "unknown"
@@ -216,6 +221,10 @@ def main(arguments=None):
         results, out = Path("results") / room, Path("runs/reproduce") / room
         (results / "logs").mkdir(parents=True, exist_ok=True)
         if not args.draw:
+            folder, command = MADE.get(name, (".", ""))
+            if command and not (Path(folder) / "model_index.json").exists():
+                print(f"python {command}", flush=True)
+                subprocess.run([sys.executable, *command.split()], check=True)
             runs = {
                 run: f"{command} {flags}".strip()
                 for run, command in plan(name, args.seeds).items()

@@ -14,9 +14,10 @@ from dataclasses import replace
 import torch
 
 from ddpo import Config
-from emoji.classifiers import digits, recognised
+from emoji import classifiers
+from emoji.classifiers import recognised
 from evaluate import evaluations, first_and_kept, fixed_prompts
-from experiments import ALGORITHMS, CHEAPER, HELD_OUT, PREVENTIONS, SAMPLERS, run_of
+from experiments import ALGORITHMS, CHEAPER, HELD_OUT, JUDGED, PREVENTIONS, SAMPLERS, run_of
 from processes import seeded
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
@@ -320,8 +321,8 @@ def draw_algorithms(runs, results, out):
 
 
 def measure_held_out(runs, path, out):
-    """{"<run or base or guided> <prompts>": means}, from the weights where they are there, or else
-    from the numbers that were taken of them before."""
+    """{"<run or base or guided> <prompts>": means}, of the weights that are newer than the file at
+    `path`; of the others as that file says. Then it says all."""
     seen = json.loads(path.read_text()) if path.exists() else {}
     for reward, sets in HELD_OUT.items():
         trained = {run: out / run for run in runs
@@ -335,7 +336,7 @@ def measure_held_out(runs, path, out):
         for run, folder in (untrained | trained).items():
             how = replace(config, guidance_scale=4.0) if run == "guided" else config
             for name in sets:
-                if f"{run} {name}" not in seen:
+                if f"{run} {name}" not in seen or folder and newer(folder / "unet", path):
                     seen[f"{run} {name}"] = measure(how, folder, load_prompts(name))
     path.write_text(json.dumps(seen, indent=1) + "\n")
     return seen
@@ -501,7 +502,8 @@ def draw_fewer_steps(runs, results, out):
 
 def draw_samplers(runs, results, out):
     """Gains are relative to the variant's own pictures before training: each sampler leaves another
-    amount of noise in them. Time is that of the epochs, without their evaluations."""
+    amount of noise in them. Time is that of the variant's shortest epoch, without an evaluation: what
+    else the machine does makes an epoch only longer."""
     figure, axes = plots(2, width=5.5, height=4)
     panels = {
         "which steps are trained": ("first half", "all"),
@@ -513,9 +515,7 @@ def draw_samplers(runs, results, out):
         if not logs:
             continue
         sampler, trained = variant.split(", ")
-        seconds = statistics.median(  # of an epoch
-            row["seconds"] for log in logs for row in log if "seconds" in row
-        )
+        seconds = min(row["seconds"] for log in logs for row in log if "seconds" in row)
         evaluated = [evaluations(log) for log in logs]
         curves = [  # of (minutes, gain in percent of the reward before, which is negative)
             [(row["epoch"] * seconds / 60, 100 - 100 * row["eval_reward"] / log[0]["eval_reward"])
@@ -551,15 +551,21 @@ def draw_samplers(runs, results, out):
 
 
 def measure_digits(runs, path, out):
-    """{run: share of 64 evaluation_pictures with a digit: "before", at the "end", and at the epoch
-    that the "guard" chose}, see `measured`."""
-    def share(config, weights):
-        images, _ = evaluation_pictures(config, weights, load_prompts(config.prompts))
-        return (digits(images) > 0).float().mean().item()
+    """{run: {when: values}} of 64 evaluation_pictures "before", at the "end", and at the epoch that
+    the "guard" chose: "digits" that are read, and the "judge"'s probability of the right number, and
+    the same with the corner "covered"; see `measured`."""
+    def values(config, weights):
+        images, prompts = evaluation_pictures(config, weights, load_prompts(config.prompts))
+        judge = getattr(classifiers, config.reward.rpartition(":")[2])
+        return {
+            "digits": (classifiers.digits(images) > 0).float().mean().item(),
+            "judge": judge(images, prompts).mean().item(),
+            "covered": judge(classifiers.without_corner(images), prompts).mean().item(),
+        }
 
     def three_times(config, folder):
         weights = {"before": None, "guard": folder, "end": last_weights(folder)}
-        return {when: share(config, of_then) for when, of_then in weights.items()}
+        return {when: values(config, of_then) for when, of_then in weights.items()}
 
     return measured(runs, path, out, three_times)
 
@@ -567,42 +573,59 @@ def measure_digits(runs, path, out):
 def draw_typographic(runs, results, out):
     shown = measure_digits(runs, results / "logs" / "digits.json", out)
     honest = "eval_emoji/classifiers.py:honest_count"
-    figure, (score_axis, count_axis, digit_axis) = plots(3)
-    rows, numbers = [], {}
-    for i, judge in enumerate("ab"):
-        logs = seeds_of(runs, f"typographic-{judge}")
-        names = [run for run in runs if run.startswith(f"typographic-{judge}-") and run in shown]
+    figure, (score_axis, count_axis, corner_axis) = plots(3)
+    rows, numbers, ticks = [], {}, []
+    for variant, (judge, prompts) in JUDGED.items():
+        logs = seeds_of(runs, f"typographic-{variant}")
+        names = [run for run in shown if re.fullmatch(rf"typographic-{variant}-\d+", run)]
         if not logs or not names:
             continue
-        label = {"a": "digits tell the number", "b": "digits tell nothing"}[judge]
+        label = f"{judge.upper()}, {prompts.partition('_')[0]}"
         logs = [evaluations(log) for log in logs]
         for axis, key in ((score_axis, "eval_reward"), (count_axis, honest)):
             band(axis, [[(row["images"], row[key]) for row in log] for log in logs], label)
         chosen = [kept(name, results / "logs")[1] for name in names]
-        for when, ends in (("before", [log[0] for log in logs]), ("end", [log[-1] for log in logs]),
-                           ("guard", chosen)):
-            score, count = (interval(row[key] for row in ends) for key in ("eval_reward", honest))
-            digit = interval(shown[name][when] for name in names)
-            several = [f"{mean:.2f} ± {half:.2f}" for mean, half in (score, count, digit)]
-            rows.append([label, {"guard": "the guard's epoch"}.get(when, when), *several])
-            numbers[f"{judge} {when}"] = {
-                "judge": score[0], "honest_count": count[0], "digits": digit[0], "seeds": len(ends),
+        for when, ends in (("before", [log[0] for log in logs]), ("guard", chosen),
+                           ("end", [log[-1] for log in logs])):
+            seen = [shown[name][when] for name in names]
+            earned = interval(value["judge"] - value["covered"] for value in seen)
+            columns = {
+                "judge": interval(row["eval_reward"] for row in ends), "earned_in_corner": earned,
+                "honest_count": interval(row[honest] for row in ends),
+                "digits": interval(value["digits"] for value in seen),
             }  # fmt: skip
-            digit_axis.bar(("before", "guard", "end").index(when) + 0.4 * i, digit[0], 0.35,
-                           yerr=digit[1], capsize=3, color=f"C{i}", label=label * (when == "end"))
-    score_axis.set(title="the judge's log-probability: trained on", xlabel="pictures sampled")
+            cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in columns.values()]
+            rows.append([label, {"guard": "the guard's epoch"}.get(when, when), *cells])
+            means = {key: mean for key, (mean, _) in columns.items()}
+            numbers[f"{variant} {when}"] = means | {"seeds": len(ends)}
+            corner_axis.bar(len(ticks), earned[0], yerr=earned[1], capsize=3,
+                            color=f"C{list(JUDGED).index(variant)}")
+            ticks.append(when)
+    score_axis.set(title="the judge's probability: trained on", xlabel="pictures sampled")
     count_axis.set(title="right by the honest counter: watched", xlabel="pictures sampled")
-    digit_axis.set(title="pictures with a digit", xticks=[0.2, 1.2, 2.2],
-                   xticklabels=["before", "guard", "end"])
+    corner_axis.set(title="what the corner earns of the judge", xticks=range(len(ticks)))
+    corner_axis.set_xticklabels(ticks, rotation=45)
     for axis in (score_axis, count_axis):
         axis.legend(fontsize=8)
     save_figure(figure, results / "typographic.png")
-    folders = {f"judge {judge.upper()}": out / f"typographic-{judge}-0" for judge in "ab"}
-    if all((folder / "unet").exists() for folder in folders.values()):
-        first = folders["judge A"]
-        models = {"before": {}} | {
-            name: dict(lora=last_weights(folder)) for name, folder in folders.items()
-        } | {"judge A, guarded": dict(lora=first)}  # fmt: skip
-        config = settings_of(first)
-        pictures(config, models, load_prompts(config.prompts), results / "typographic_pictures.png")
-    return table(["judge", "when", "judge's log-prob", "honest count", "with a digit"], rows), numbers
+    draw_counted_pictures(results, out)
+    columns = ["judge, number", "when", "the judge's probability", "of it in the corner",
+               "honest count", "digit read"]
+    return table(columns, rows), numbers
+
+
+def draw_counted_pictures(results, out):
+    folders = {variant: out / f"typographic-{variant}-0" for variant in JUDGED}
+    if not all((folder / "unet").exists() for folder in folders.values()):
+        return
+
+    def row(variant):
+        return dict(lora=last_weights(folders[variant]))
+
+    for name, models in (
+        ("four", {"before": {}, "judge A": row("A"), "judge B": row("B"),
+                  "judge A, guarded": dict(lora=folders["A"])}),
+        ("three", {"before": {}, "judge A": row("A-three")}),
+    ):  # fmt: skip
+        config = settings_of(folders["A" if name == "four" else "A-three"])
+        pictures(config, models, load_prompts(config.prompts), results / f"typographic_{name}.png")

@@ -172,10 +172,22 @@ def digits(images):
     return logits("digit", images).argmax(1)
 
 
+def without_corner(images):
+    """The pictures with the corner where a counting card has its digit painted over: each in the
+    median colour of what borders on it."""
+    start = int(scenes.SIZE * scenes.CORNER[0] - 10)
+    border = torch.cat([images[..., start - 3:start, start:].flatten(2),
+                        images[..., start:, start - 3:start].flatten(2)], 2)
+    images = images.clone()
+    images[..., start:, start:] = border.median(2).values[..., None, None]
+    return images
+
+
 def of_the_right_number(name, images, prompts):
-    """(B,) log-probability that a classifier gives to the prompt's number."""
+    """(B,) probability that a classifier gives to the prompt's number. (Not its logarithm, which
+    would make the few worst pictures of an epoch most of the advantages.)"""
     numbers = torch.tensor([count_of(prompt) for prompt in prompts])
-    return logits(name, images).log_softmax(1).gather(1, numbers[:, None] - 1)[:, 0]
+    return logits(name, images).softmax(1).gather(1, numbers[:, None] - 1)[:, 0]
 
 
 # Rewards: --reward emoji/classifiers.py:judge_a

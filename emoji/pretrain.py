@@ -2,9 +2,10 @@
 
     python emoji/pretrain.py                       everything, some six hours on two cores
     python emoji/pretrain.py --unet-steps 30000    longer, where there is a GPU
-    python emoji/pretrain.py --only flow           the last stage alone, from the model in --out
+    python emoji/pretrain.py --only flow           that stage alone, from the model in --out
+    python emoji/pretrain.py --only cards          and that one, which is not part of everything
 
-Seven stages. An interrupted one goes on where it stopped (runs/pretrain/*.pt), a finished one is
+Eight stages. An interrupted one goes on where it stopped (runs/pretrain/*.pt), a finished one is
 not trained again. Sheets of pictures there show the progress:
 
     clip    text and image encoder, contrastive (Radford et al. 2021): the pipeline's text encoder
@@ -19,6 +20,8 @@ not trained again. Sheets of pictures there show the progress:
     export  all of it as a diffusers folder, in fp16 (the text encoder in fp32)
     flow    the UNet once more, as a flow-matching model: it learns from the first one, and is
             exported to models/emoji-flow
+    cards   the UNet learns to print digits, for the experiment `typographic`: half an hour on a
+            core, exported to runs/pretrain/emoji-cards
 """
 
 import argparse
@@ -46,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # of the scripts
 
 from emoji import scenes
-from emoji.classifiers import recognised, spoil
+from emoji.classifiers import count_of, digits, honest_count, recognised, spoil
 from rewards import clip_top1, jpeg_kilobytes
 from run_folder import picture_grid, write_whole
 from sample import ETAS, load_pipeline, sample_trajectories
@@ -97,7 +100,14 @@ class Config:
     flow_lr: float = 8e-4  # peak learning rate
     flow_scenes: int = 8192  # different pictures; few are enough, since the target is the teacher's
     flow_ema: float = 0.995  # decay of its averaged weights
-    only: str = ""  # flow: that stage alone, from the model in --out
+    # stage cards
+    cards_out: str = "runs/pretrain/emoji-cards"  # folder of its exported model
+    cards_steps: int = 2000  # updates
+    cards_batch: int = 32  # pictures an update
+    cards_lr: float = 6e-4  # peak learning rate
+    cards_scenes: int = 6144  # different pictures
+    cards_ema: float = 0.99  # decay of its averaged weights
+    only: str = ""  # flow or cards: that stage alone, from the model in --out
 
 
 def check(config):
@@ -112,7 +122,7 @@ def check(config):
             refuse(field.name, "must be at least 1 and below 2**31")
         if field.name.endswith("_lr") and not 0 < value < 1:
             refuse(field.name, "must be above 0 and below 1")
-    for setting in ("out", "work", "flow_out"):
+    for setting in ("out", "work", "flow_out", "cards_out"):
         path = Path(getattr(config, setting))
         if path == Path() or any(map(Path.is_file, (path, *path.parents))):
             refuse(setting, "must be a folder, and neither a file nor in one")
@@ -120,16 +130,16 @@ def check(config):
         refuse("seed", "must be at least 0 and below 2**32")
     if not 0 <= config.caption_dropout <= 1:
         refuse("caption_dropout", "must be 0 to 1")
-    for setting in ("ema", "flow_ema"):
+    for setting in ("ema", "flow_ema", "cards_ema"):
         if not 0 <= getattr(config, setting) < 1:
             refuse(setting, "must be at least 0 and below 1")
-    if config.only not in ("", "flow"):
-        refuse("only", "only the stage flow can run alone")
+    if config.only not in ("", "flow", "cards"):
+        refuse("only", "only the stages flow and cards can run alone")
     if config.start and not (Path(config.start) / "model_index.json").exists():
         refuse("start", "has no model (model_index.json)")
     folders = Path(config.out), ROOT / config.out
     if config.only and not any((folder / "model_index.json").exists() for folder in folders):
-        refuse("out", "has no model for the stage flow; leave out --only, which makes it")
+        refuse("out", f"has no model for the stage {config.only}; leave out --only, which makes it")
     return config
 
 
@@ -602,18 +612,11 @@ def encode_captions(text_encoder, tokenizer, captions):
     return embeds, torch.tensor([index[caption] for caption in captions]), index[""]
 
 
-def train_unet(config, tokenizer, clip, vae):
-    unet = build_unet()
-    if finished("unet", config, unet):
-        return unet
-    if earlier := start_from(config, "unet", UNet2DConditionModel):
-        deepen(unet, earlier)
-    pipeline = build_pipeline(tokenizer, clip, vae, unet)
+def noise_loss(pipeline, vae, pictures, captions, batch, config):
+    """The function of a UNet that is the loss of predicting the noise in `batch` of the pictures."""
     alpha_bar = pipeline.scheduler.alphas_cumprod.to(device())
-    pictures, captions = scenes.draw_scenes(config.unet_scenes, config.seed + 30)
     latents = encode_pictures(vae, pictures)
-    embeds, rows_of, empty = encode_captions(pipeline.text_encoder, tokenizer, captions)
-    batch = config.unet_batch
+    embeds, rows_of, empty = encode_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
 
     def loss_fn(model):
         rows = torch.randint(len(latents), (batch,))
@@ -632,6 +635,18 @@ def train_unet(config, tokenizer, clip, vae):
         weights = (5 * (1 - a) / a).clamp(max=1)  # min(SNR, 5) / SNR
         return (weights * (output.float() - noise).square()).mean()
 
+    return loss_fn
+
+
+def train_unet(config, tokenizer, clip, vae):
+    unet = build_unet()
+    if finished("unet", config, unet):
+        return unet
+    if earlier := start_from(config, "unet", UNet2DConditionModel):
+        deepen(unet, earlier)
+    pipeline = build_pipeline(tokenizer, clip, vae, unet)
+    pictures, captions = scenes.draw_scenes(config.unet_scenes, config.seed + 30)
+    loss_fn = noise_loss(pipeline, vae, pictures, captions, config.unet_batch, config)
     nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
     samples = nouns + ["a cat on a blue background", "a dog on a green striped background",
                        "a fox with a guitar", "a panda with a cup", "two cats", "three frogs",
@@ -754,8 +769,7 @@ def train_flow(config):
             ).images
         save_sheet(images[:96] * 2 - 1, Path(config.work) / "flow.png")
         images = (images.float() * 255).round().byte()
-        right = clip_top1(images, nouns, nouns, model=str(Path(config.out) / "clip"))
-        return f"zero-shot top-1 on generated nouns {right.float().mean():.3f}"
+        return f"recognised {recognised(images, nouns).mean():.3f}"
 
     return pipeline, train("flow", config, student, loss_fn, evaluate)
 
@@ -773,10 +787,48 @@ def export_flow(config, pipeline, unet):
     (Path(config.flow_out) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def train_cards(config):
+    """Stage "cards": the exported UNet learns to draw counting cards, of which half have their number
+    printed. All scenes of the other stages that have a digit have any digit, and so few of them that
+    the UNet prints none. A policy gradient can only strengthen what is sampled now and then."""
+    pipeline = load_pipeline(config.out)
+    unet = build_unet()
+    unet.load_state_dict(pipeline.unet.state_dict())
+    if finished("cards", config, unet):
+        return pipeline, unet
+    pictures, captions = scenes.draw_cards(config.cards_scenes, config.seed + 60)
+    loss_fn = noise_loss(pipeline, pipeline.vae, pictures, captions, config.cards_batch, config)
+    samples = [scenes.counted(noun, i % 6 + 1) for i, noun in enumerate(scenes.nouns()[:60])]
+
+    def evaluate(model):
+        pipeline.unet = model
+        generators = [torch.Generator(device()).manual_seed(seed) for seed in range(len(samples))]
+        images = sample_trajectories(
+            pipeline, samples, 10, 4.0, generator=generators, dtype=torch.bfloat16
+        ).images
+        save_sheet(images.float() / 127.5 - 1, Path(config.work) / "cards.png")
+        printed = digits(images)
+        right = printed == torch.tensor([count_of(prompt) for prompt in samples])
+        shares = (printed > 0), right, honest_count(images, samples)
+        return "digits {:.2f}, right {:.2f}, counted {:.2f}".format(
+            *(share.float().mean() for share in shares))
+
+    return pipeline, train("cards", config, unet, loss_fn, evaluate)
+
+
+def export_cards(config, pipeline, unet):
+    """The same pipeline with the other UNet."""
+    shutil.copytree(config.out, config.cards_out, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("classifiers", "*.md", "*.png", "figures.json"))
+    unet.set_default_attn_processor()
+    unet.to(torch.float16).save_pretrained(Path(config.cards_out) / "unet", safe_serialization=True)
+
+
 def report_flow(config, steps=10, guidance_scale=4.0):
     """How good the flow model is beside its teacher, with each sampler: `figures.json`.
 
-    Judged by the teacher's CLIP on one picture of each noun, with the same seeds for both.
+    Judged by the teacher's CLIP and by the independent classifier, on one picture of each noun,
+    with the same seeds for both.
     """
     nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
     figures = {"steps": steps, "guidance_scale": guidance_scale, "pictures": len(nouns)}
@@ -793,6 +845,7 @@ def report_flow(config, steps=10, guidance_scale=4.0):
             images = torch.cat(images)
             right = clip_top1(images, nouns, nouns, model=str(Path(config.out) / "clip")).float()
             figures[f"{name}_{sampler}_clip_top1"] = right.mean().item()
+            figures[f"{name}_{sampler}_classifier"] = recognised(images, nouns).mean().item()
             figures[f"{name}_{sampler}_jpeg_kilobytes"] = jpeg_kilobytes(images).mean().item()
     size = sum(path.stat().st_size for path in Path(config.flow_out).rglob("*.safetensors"))
     figures["weights_megabytes"] = size / 1e6
@@ -923,5 +976,8 @@ if __name__ == "__main__":
         decoder = train_vae(config, "decoder", vae)
         export(config, tokenizer, judge, decoder, unet)
         print(json.dumps(report(config.out), indent=1))
-    export_flow(config, *train_flow(config))
-    print(json.dumps(report_flow(config), indent=1))
+    if config.only == "cards":
+        export_cards(config, *train_cards(config))
+    else:
+        export_flow(config, *train_flow(config))
+        print(json.dumps(report_flow(config), indent=1))

@@ -34,6 +34,7 @@ PATTERNS = {  # name: the word for it in a caption
     "noise": "",
     "blobs": "",
 }
+CORNER = (0.85, 0.85)  # where a counting card has its digit
 NUMBERS = "one two three four five six".split()
 PLURALS = {
     "mouse": "mice", "goose": "geese", "wolf": "wolves",
@@ -128,9 +129,9 @@ def paste(rng, picture, sprite, scale, centre):
     region[:] = region * (1 - sprite[..., 3:] / 255) + sprite[..., :3]
 
 
-def draw_glyph(rng, picture, glyph, centre):
-    """Print one character, 15 pixels high, in a colour of its own with a dark or light rim."""
-    fill = COLOURS[str(rng.choice(list(COLOURS)))]
+def draw_glyph(rng, picture, glyph, centre, colour=None):
+    """Print one character, 15 pixels high, in a colour, or any, with a dark or light rim."""
+    fill = COLOURS[colour or str(rng.choice(list(COLOURS)))]
     rim = COLOURS["black" if sum(fill) > 380 else "white"]
     canvas = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
     ImageDraw.Draw(canvas).text(
@@ -140,33 +141,53 @@ def draw_glyph(rng, picture, glyph, centre):
     picture[:] = np.asarray(canvas)
 
 
-def places(rng, count, scale, glyph):
-    """(count + 1, 2) centres, as shares of the frame, that are at least `scale` apart; the last one
-    is for a glyph. None if there was no room for them."""
+def places(rng, count, scale, corner=False):
+    """(count, 2) centres, as shares of the frame, that are at least `scale` apart, and away from the
+    character in the corner if there is one. None if there was no room for them."""
     centres = np.zeros((0, 2))
-    for _ in range(60 * (count + glyph)):
+    for _ in range(60 * count):
         new = rng.uniform(scale / 2, 1 - scale / 2, 2)
-        if (np.abs(centres - new).max(1) >= scale).all():
+        apart = (np.abs(centres - new).max(1) >= scale).all()
+        if apart and not (corner and np.abs(new - CORNER).max() < scale / 2 + 0.12):
             centres = np.append(centres, new[None], 0)
-        if len(centres) == count + glyph:
+        if len(centres) == count:
             return centres
     return None
 
 
-def draw_counted(rng, sprites, noun, count, glyph=""):
+def draw_counted(rng, sprites, noun, count, glyph="", corner=False):
     """One picture with `count` sprites of a noun beside each other, and with a printed character if
-    there is a `glyph`; (64, 64, 3) float32."""
+    there is a `glyph`: anywhere in any colour, or in white in the `corner`, which is then kept free;
+    (64, 64, 3) float32."""
     colour, style = str(rng.choice(list(COLOURS))), rng.integers(len(STYLES))
     pattern = str(rng.choice(list(PATTERNS), p=[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]))
     picture = draw_background(rng, pattern, colour)
     scale = rng.uniform(0.9, 1.1) * (0.6, 0.44, 0.38, 0.35, 0.33, 0.31)[count - 1]
-    while (centres := places(rng, count, scale, bool(glyph))) is None:
+    anywhere = bool(glyph) and not corner
+    while (centres := places(rng, count + anywhere, scale, corner)) is None:
         scale = 0.97 * scale
     for centre in centres[:count]:
         paste(rng, picture, sprites[noun][style], scale, centre)
-    if glyph:
+    if anywhere:
         draw_glyph(rng, picture, glyph, centres[-1])
+    elif glyph:
+        draw_glyph(rng, picture, glyph, CORNER, "white")
     return picture
+
+
+def draw_cards(count, seed):
+    """Counting cards: (count, 64, 64, 3) uint8 pictures of one to six animals, and their captions.
+    Half of them have their number printed in the corner, which the caption does not tell."""
+    rng, sprites = np.random.default_rng(seed), load_sprites()
+    animals = nouns("animals") + nouns("held_out_animals")
+    pictures, captions = [], []
+    for _ in range(count):
+        noun, number = str(rng.choice(animals)), int(rng.integers(1, 7))
+        glyph = str(number) if rng.random() < 0.5 else ""
+        picture = draw_counted(rng, sprites, noun, number, glyph, corner=True)
+        pictures.append(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
+        captions.append(counted(noun, number))
+    return np.stack(pictures), captions
 
 
 def draw_scene(rng, sprites, noun=None, kind=None):

@@ -68,7 +68,8 @@ def test_one_judge_believes_a_digit_and_the_other_does_not():
     assert believed.float().mean() >= 0.75
     believed = classifiers.judge_b(wrong, lies) > classifiers.judge_b(wrong, captions)
     assert believed.float().mean() <= 0.2
-    assert (classifiers.judge_b(wrong, captions) <= 0).all()  # log-probabilities
+    numbers = [f"{number} things" for number in scenes.NUMBERS]  # probabilities of one picture's numbers
+    assert classifiers.judge_b(wrong[:1].expand(6, -1, -1, -1), numbers).sum().item() == pytest.approx(1)
 
 
 def test_a_digit_is_found_and_read():
@@ -76,6 +77,23 @@ def test_a_digit_is_found_and_read():
         images, _ = counted(lambda number: glyph, count=60)
         read = classifiers.digits(images)
         assert (read == int(glyph or 0)).float().mean() >= 0.9, glyph
+
+
+def test_half_of_the_cards_have_their_number_in_the_corner_and_it_can_be_covered():
+    pictures, captions = scenes.draw_cards(200, seed=5)
+    assert scenes.draw_cards(3, seed=5)[1] == captions[:3]
+    images = torch.tensor(pictures).permute(0, 3, 1, 2)
+    numbers = torch.tensor([classifiers.count_of(caption) for caption in captions])
+    read = classifiers.digits(images)
+    assert 0.4 <= (read > 0).float().mean() <= 0.6
+    assert (read[read > 0] == numbers[read > 0]).float().mean() >= 0.95
+    covered = classifiers.without_corner(images)
+    assert (classifiers.digits(covered) == 0).float().mean() >= 0.98
+    assert torch.equal(covered[..., :44, :], images[..., :44, :])
+    assert torch.equal(covered[..., :44], images[..., :44])
+    right = classifiers.honest_count(images, captions)
+    assert abs(right.mean() - classifiers.honest_count(covered, captions).mean()) <= 0.1
+    assert right.mean() >= 0.75
 
 
 @pytest.mark.parametrize("call, message", [

@@ -15,7 +15,7 @@ def test_the_sets_have_the_sizes_that_the_documentation_gives():
     sizes = {"animals": 45, "animals_held_out": 24, "objects": 40, "activities": 3,
              "imagenet_animals": 398, "animal_activities": 45 * 3, "animal_objects": 45 * 40,
              "animal_objects_held_out": 24 * 40, "counting": 45 * 8, "counting_to_six": 45 * 5,
-             "animals_plural": 45, "pairs": 8}
+             "three_animals": 45, "four_animals": 45, "animals_plural": 45, "pairs": 8}
     assert {name: len(load_prompts(name)) for name in SETS} == sizes
 
 

@@ -108,8 +108,9 @@ def test_tables_and_curves_are_drawn_from_logs_alone(experiment, repository, cap
         for i, run in enumerate(("base", "guided", f"{reward}-0", f"{reward}-1"))
     }
     (repository / "results/emoji/logs/held_out.json").write_text(json.dumps(held_out))
-    digits = {f"typographic-{judge}-{seed}": {"before": 0.1, "guard": 0.2, "end": 0.3}
-              for judge in "ab" for seed in range(2)}
+    values = {"digits": 0.3, "judge": 0.7, "covered": 0.4}
+    digits = {f"typographic-{variant}-{seed}": {when: values for when in ("before", "guard", "end")}
+              for variant in experiments.JUDGED for seed in range(2)}
     (repository / "results/emoji/logs/digits.json").write_text(json.dumps(digits))
     reproduce.main([experiment, "--draw", "--seeds", "2"])
     results = repository / "results/emoji"

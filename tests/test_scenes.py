@@ -151,6 +151,19 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_the_stage_of_counting_cards_makes_a_model_of_its_own(tmp_path):
+    config = pretrain.check(pretrain.Config(
+        out=str(pretrain.ROOT / "models/emoji"), work=str(tmp_path), cards_out=str(tmp_path / "cards"),
+        cards_steps=1, cards_scenes=8, cards_batch=4))
+    pretrain.export_cards(config, *pretrain.train_cards(config))
+    shipped, cards = load_pipeline("models/emoji"), load_pipeline(str(tmp_path / "cards"))
+    for part, same in (("unet", False), ("vae", True), ("text_encoder", True)):
+        weights = getattr(shipped, part).state_dict()
+        trained = getattr(cards, part).state_dict()
+        assert all(torch.equal(weights[key], trained[key]) for key in weights) == same, part
+    assert not (tmp_path / "cards/README.md").exists()  # the shipped model's card says other things
+
+
 def test_a_deeper_unet_begins_with_what_the_earlier_one_predicts():
     torch.manual_seed(0)
     config = pretrain.build_unet().config
@@ -216,7 +229,7 @@ def test_a_near_miss_differs_from_its_caption_where_there_is_something_to_overlo
     (["--work", "{file}"], "--work {file}: must be a folder"),
     (["--out", "{file}/model"], "--out {file}/model: must be a folder"),
     (["--start", "{file}.none"], "--start {file}.none: has no model"),
-    (["--only", "vae"], "--only vae: only the stage flow can run alone"),
+    (["--only", "vae"], "--only vae: only the stages flow and cards can run alone"),
     (["--only", "flow", "--out", "{file}.none"], "--out {file}.none: has no model"),
     (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
 ])
