@@ -166,7 +166,7 @@ def test_the_flow_model_draws_what_the_plain_pipeline_draws():
     plain = StableDiffusionPipeline.from_pretrained(ROOT / "models/emoji-flow", safety_checker=None,
                                                     torch_dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(3))
     theirs = plain("a frog", num_inference_steps=10, guidance_scale=4.0, latents=noise,
                    output_type="latent").images
     generator = torch.Generator().manual_seed(3)
