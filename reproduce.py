@@ -96,6 +96,17 @@ def end_with_parent():
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def make_model(folder, command):
+    """Run the command that makes the model in the folder, if it is not there."""
+    if (Path(folder) / "model_index.json").exists():
+        return
+    print(f"python {command}", flush=True)
+    made = subprocess.run([sys.executable, *command.split()],
+                          preexec_fn=end_with_parent if LIBC else None)
+    if made.returncode:
+        raise SystemExit(f"python {command} ended with exit code {made.returncode}; it makes {folder}")
+
+
 def start_run(name, command, out, threads, quiet):
     """(process, its output if it is quiet), of a new run or of one that goes on."""
     script, *flags = command.split()
@@ -221,10 +232,8 @@ def main(arguments=None):
         results, out = Path("results") / room, Path("runs/reproduce") / room
         (results / "logs").mkdir(parents=True, exist_ok=True)
         if not args.draw:
-            folder, command = MADE.get(name, (".", ""))
-            if command and not (Path(folder) / "model_index.json").exists():
-                print(f"python {command}", flush=True)
-                subprocess.run([sys.executable, *command.split()], check=True)
+            if name in MADE:
+                make_model(*MADE[name])
             runs = {
                 run: f"{command} {flags}".strip()
                 for run, command in plan(name, args.seeds).items()

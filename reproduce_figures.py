@@ -554,9 +554,11 @@ def measure_digits(runs, path, out):
     """{run: {when: values}} of 64 evaluation_pictures "before", at the "end", and at the epoch that
     the "guard" chose: "digits" that are read, and the "judge"'s probability of the right number, and
     the same with the corner "covered"; see `measured`."""
+    before = {}  # runs have the same base model
+
     def values(config, weights):
         images, prompts = evaluation_pictures(config, weights, load_prompts(config.prompts))
-        judge = getattr(classifiers, config.reward.rpartition(":")[2])
+        judge = get_reward(config.reward)
         return {
             "digits": (classifiers.digits(images) > 0).float().mean().item(),
             "judge": judge(images, prompts).mean().item(),
@@ -564,8 +566,11 @@ def measure_digits(runs, path, out):
         }
 
     def three_times(config, folder):
-        weights = {"before": None, "guard": folder, "end": last_weights(folder)}
-        return {when: values(config, of_then) for when, of_then in weights.items()}
+        measured_before = config.model, config.prompts, config.reward
+        if measured_before not in before:
+            before[measured_before] = values(config, None)
+        return {"before": before[measured_before], "guard": values(config, folder),
+                "end": values(config, last_weights(folder))}
 
     return measured(runs, path, out, three_times)
 
@@ -576,12 +581,12 @@ def draw_typographic(runs, results, out):
     figure, (score_axis, count_axis, corner_axis) = plots(3)
     rows, numbers, ticks = [], {}, []
     for variant, (judge, prompts) in JUDGED.items():
-        logs = seeds_of(runs, f"typographic-{variant}")
-        names = [run for run in shown if re.fullmatch(rf"typographic-{variant}-\d+", run)]
-        if not logs or not names:
+        of_variant = re.compile(rf"typographic-{variant}-\d+")
+        names = [run for run in runs if run in shown and of_variant.fullmatch(run)]
+        if not names:
             continue
         label = f"{judge.upper()}, {prompts.partition('_')[0]}"
-        logs = [evaluations(log) for log in logs]
+        logs = [evaluations(runs[name]) for name in names]
         for axis, key in ((score_axis, "eval_reward"), (count_axis, honest)):
             band(axis, [[(row["images"], row[key]) for row in log] for log in logs], label)
         chosen = [kept(name, results / "logs")[1] for name in names]

@@ -612,10 +612,10 @@ def encode_captions(text_encoder, tokenizer, captions):
     return embeds, torch.tensor([index[caption] for caption in captions]), index[""]
 
 
-def noise_loss(pipeline, vae, pictures, captions, batch, config):
+def noise_loss(pipeline, pictures, captions, batch, config):
     """The function of a UNet that is the loss of predicting the noise in `batch` of the pictures."""
     alpha_bar = pipeline.scheduler.alphas_cumprod.to(device())
-    latents = encode_pictures(vae, pictures)
+    latents = encode_pictures(pipeline.vae, pictures)
     embeds, rows_of, empty = encode_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
 
     def loss_fn(model):
@@ -646,7 +646,7 @@ def train_unet(config, tokenizer, clip, vae):
         deepen(unet, earlier)
     pipeline = build_pipeline(tokenizer, clip, vae, unet)
     pictures, captions = scenes.draw_scenes(config.unet_scenes, config.seed + 30)
-    loss_fn = noise_loss(pipeline, vae, pictures, captions, config.unet_batch, config)
+    loss_fn = noise_loss(pipeline, pictures, captions, config.unet_batch, config)
     nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
     samples = nouns + ["a cat on a blue background", "a dog on a green striped background",
                        "a fox with a guitar", "a panda with a cup", "two cats", "three frogs",
@@ -725,7 +725,7 @@ def train_flow(config):
     student = build_unet()
     student.load_state_dict(teacher.state_dict())
     if finished("flow", config, student):
-        return pipeline, student
+        return student
     student.to(device())
     if not (Path(config.work) / "flow.pt").exists():
         match_time_embedding(student, teacher, alpha_bar)
@@ -771,20 +771,21 @@ def train_flow(config):
         images = (images.float() * 255).round().byte()
         return f"recognised {recognised(images, nouns).mean():.3f}"
 
-    return pipeline, train("flow", config, student, loss_fn, evaluate)
+    return train("flow", config, student, loss_fn, evaluate)
 
 
-def export_flow(config, pipeline, unet):
-    """The same pipeline with the other UNet and the flow scheduler. What it shares with its teacher
-    is copied as it is."""
+def export_variant(config, folder, unet, scheduler):
+    """The model in --out with another UNet and scheduler. What they share is copied as it is. The
+    index comes last: a folder without it is not taken for a model."""
+    folder = Path(folder)
     for part in ("text_encoder", "tokenizer", "vae"):
-        shutil.copytree(Path(config.out) / part, Path(config.flow_out) / part, dirs_exist_ok=True)
+        shutil.copytree(Path(config.out) / part, folder / part, dirs_exist_ok=True)
     unet.set_default_attn_processor()
-    unet.to(torch.float16).save_pretrained(Path(config.flow_out) / "unet", safe_serialization=True)
-    flow_scheduler().save_pretrained(Path(config.flow_out) / "scheduler")
+    unet.to(torch.float16).save_pretrained(folder / "unet", safe_serialization=True)
+    scheduler.save_pretrained(folder / "scheduler")
     index = json.loads((Path(config.out) / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    (Path(config.flow_out) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def train_cards(config):
@@ -795,9 +796,9 @@ def train_cards(config):
     unet = build_unet()
     unet.load_state_dict(pipeline.unet.state_dict())
     if finished("cards", config, unet):
-        return pipeline, unet
+        return unet
     pictures, captions = scenes.draw_cards(config.cards_scenes, config.seed + 60)
-    loss_fn = noise_loss(pipeline, pipeline.vae, pictures, captions, config.cards_batch, config)
+    loss_fn = noise_loss(pipeline, pictures, captions, config.cards_batch, config)
     samples = [scenes.counted(noun, i % 6 + 1) for i, noun in enumerate(scenes.nouns()[:60])]
 
     def evaluate(model):
@@ -813,15 +814,7 @@ def train_cards(config):
         return "digits {:.2f}, right {:.2f}, counted {:.2f}".format(
             *(share.float().mean() for share in shares))
 
-    return pipeline, train("cards", config, unet, loss_fn, evaluate)
-
-
-def export_cards(config, pipeline, unet):
-    """The same pipeline with the other UNet."""
-    shutil.copytree(config.out, config.cards_out, dirs_exist_ok=True,
-                    ignore=shutil.ignore_patterns("classifiers", "*.md", "*.png", "figures.json"))
-    unet.set_default_attn_processor()
-    unet.to(torch.float16).save_pretrained(Path(config.cards_out) / "unet", safe_serialization=True)
+    return train("cards", config, unet, loss_fn, evaluate)
 
 
 def report_flow(config, steps=10, guidance_scale=4.0):
@@ -977,7 +970,7 @@ if __name__ == "__main__":
         export(config, tokenizer, judge, decoder, unet)
         print(json.dumps(report(config.out), indent=1))
     if config.only == "cards":
-        export_cards(config, *train_cards(config))
+        export_variant(config, config.cards_out, train_cards(config), build_scheduler())
     else:
-        export_flow(config, *train_flow(config))
+        export_variant(config, config.flow_out, train_flow(config), flow_scheduler())
         print(json.dumps(report_flow(config), indent=1))

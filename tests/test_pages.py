@@ -53,7 +53,9 @@ def undefined(keys):
     """Those of the keys that no row of docs/metrics.md defines."""
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
     defined = [key for row in rows for key in re.findall(r"`([^`]+)`", row)]
-    patterns = [re.sub("NAME|SET", r"[\\w./:]+", key.replace("…", r"\w+")) for key in defined]
+    name = r"(?:\\w+|[\\w./]+\\.py:\\w+)"  # of a reward, or a function in a file
+    patterns = [key.replace("…", r"\w+").replace("SET", r"\w+") for key in defined]
+    patterns = [re.sub("NAME", name, pattern) for pattern in patterns]
     return [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in patterns)]
 
 

@@ -155,7 +155,8 @@ def test_the_stage_of_counting_cards_makes_a_model_of_its_own(tmp_path):
     config = pretrain.check(pretrain.Config(
         out=str(pretrain.ROOT / "models/emoji"), work=str(tmp_path), cards_out=str(tmp_path / "cards"),
         cards_steps=1, cards_scenes=8, cards_batch=4))
-    pretrain.export_cards(config, *pretrain.train_cards(config))
+    unet = pretrain.train_cards(config)
+    pretrain.export_variant(config, config.cards_out, unet, pretrain.build_scheduler())
     shipped, cards = load_pipeline("models/emoji"), load_pipeline(str(tmp_path / "cards"))
     for part, same in (("unet", False), ("vae", True), ("text_encoder", True)):
         weights = getattr(shipped, part).state_dict()
