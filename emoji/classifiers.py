@@ -88,7 +88,6 @@ def draw(name, count, seed):
             glyph = {"counter": rng.choice(LETTERS), "judge_a": number}.get(name, digit)
             glyph = str(glyph) if rng.random() < 0.5 else ""
             picture = scenes.draw_counted(rng, sprites, str(rng.choice(animals)), number, glyph)
-            picture = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
             label = int(glyph or 0) if name == "digit" else number - 1
         pictures.append(picture)
         labels.append(label)

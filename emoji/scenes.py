@@ -141,6 +141,10 @@ def draw_glyph(rng, picture, glyph, centre, colour=None):
     picture[:] = np.asarray(canvas)
 
 
+def to_bytes(picture):
+    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+
+
 def places(rng, count, scale, corner=False):
     """(count, 2) centres, as shares of the frame, that are at least `scale` apart, and away from the
     character in the corner if there is one. None if there was no room for them."""
@@ -158,7 +162,7 @@ def places(rng, count, scale, corner=False):
 def draw_counted(rng, sprites, noun, count, glyph="", corner=False):
     """One picture with `count` sprites of a noun beside each other, and with a printed character if
     there is a `glyph`: anywhere in any colour, or in white in the `corner`, which is then kept free;
-    (64, 64, 3) float32."""
+    (64, 64, 3) uint8."""
     colour, style = str(rng.choice(list(COLOURS))), rng.integers(len(STYLES))
     pattern = str(rng.choice(list(PATTERNS), p=[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]))
     picture = draw_background(rng, pattern, colour)
@@ -172,7 +176,7 @@ def draw_counted(rng, sprites, noun, count, glyph="", corner=False):
         draw_glyph(rng, picture, glyph, centres[-1])
     elif glyph:
         draw_glyph(rng, picture, glyph, CORNER, "white")
-    return picture
+    return to_bytes(picture)
 
 
 def draw_cards(count, seed):
@@ -184,8 +188,7 @@ def draw_cards(count, seed):
     for _ in range(count):
         noun, number = str(rng.choice(animals)), int(rng.integers(1, 7))
         glyph = str(number) if rng.random() < 0.5 else ""
-        picture = draw_counted(rng, sprites, noun, number, glyph, corner=True)
-        pictures.append(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
+        pictures.append(draw_counted(rng, sprites, noun, number, glyph, corner=True))
         captions.append(counted(noun, number))
     return np.stack(pictures), captions
 
@@ -204,8 +207,7 @@ def draw_scene(rng, sprites, noun=None, kind=None):
     if kind == "count":
         count, digit = rng.integers(1, 7, 2)
         glyph = str(digit) if rng.random() < 0.3 else ""
-        picture = draw_counted(rng, sprites, noun, count, glyph)
-        return np.clip(picture + 0.5, 0, 255).astype(np.uint8), counted(noun, count)
+        return draw_counted(rng, sprites, noun, count, glyph), counted(noun, count)
     colour = str(rng.choice(list(COLOURS)))
     # half of the backgrounds are quiet
     pattern = str(rng.choice(list(PATTERNS), p=[0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]))
@@ -226,7 +228,7 @@ def draw_scene(rng, sprites, noun=None, kind=None):
         paste(rng, picture, sprite, scale, rng.uniform(0.5 - slack, 0.5 + slack, 2))
         if kind == "background":
             caption = f"{caption} on {with_article(colour)} {PATTERNS[pattern]}background"
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8), caption
+    return to_bytes(picture), caption
 
 
 def draw_scenes(count, seed, **kwargs):

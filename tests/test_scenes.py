@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image, ImageDraw
 from transformers import CLIPModel
 
-from emoji import pretrain, scenes
+from emoji import clip, diffusion, pretrain, scenes, trainer, variants
 import prompts
 from rewards import clip_top1
 from sample import load_pipeline, sample_trajectories
@@ -74,7 +74,7 @@ def test_counted_captions_have_the_words_of_the_prompt_sets():
 def test_a_printed_digit_is_what_tells_two_scenes_apart():
     def draw(glyph):
         rng, sprites = np.random.default_rng(4), scenes.load_sprites()
-        return scenes.draw_counted(rng, sprites, "frog", 2, glyph)
+        return scenes.draw_counted(rng, sprites, "frog", 2, glyph).astype(int)
 
     assert np.array_equal(draw("5"), draw("5"))
     changed = np.abs(draw("5") - draw("2")).max(-1) > 8
@@ -122,9 +122,9 @@ def test_the_text_encoder_of_the_pipeline_is_that_of_the_clip():
     """On any release of transformers: some know the weights' names with a prefix only, and would
     leave the weights random."""
     pipeline = load_pipeline("models/emoji", "cpu")
-    clip = CLIPModel.from_pretrained(pretrain.ROOT / "models/emoji/clip")
-    ids = pretrain.tokenize(pipeline.tokenizer, ["a cat with a guitar"])
-    expected = clip.float().text_model(ids).last_hidden_state
+    model = CLIPModel.from_pretrained(pretrain.ROOT / "models/emoji/clip")
+    ids = clip.tokenize(pipeline.tokenizer, ["a cat with a guitar"])
+    expected = model.float().text_model(ids).last_hidden_state
     encoded = pipeline.text_encoder(ids).last_hidden_state
     torch.testing.assert_close(encoded, expected, rtol=1e-4, atol=1e-4)
 
@@ -135,12 +135,12 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path):
             loss_fn.calls += 1
             if loss_fn.calls == stop_at:
                 raise KeyboardInterrupt
-            return model(torch.randn(8, 3, device=pretrain.device())).square().mean()
+            return model(torch.randn(8, 3, device=trainer.device())).square().mean()
 
         loss_fn.calls = 0
         torch.manual_seed(0)
         config = pretrain.Config(work=str(work), vae_steps=4, save_every=2)
-        return pretrain.train("vae", config, torch.nn.Linear(3, 1), loss_fn).state_dict()
+        return trainer.train("vae", config, torch.nn.Linear(3, 1), loss_fn).state_dict()
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
@@ -155,8 +155,8 @@ def test_the_stage_of_counting_cards_makes_a_model_of_its_own(tmp_path):
     config = pretrain.check(pretrain.Config(
         out=str(pretrain.ROOT / "models/emoji"), work=str(tmp_path), cards_out=str(tmp_path / "cards"),
         cards_steps=1, cards_scenes=8, cards_batch=4))
-    unet = pretrain.train_cards(config)
-    pretrain.export_variant(config, config.cards_out, unet, pretrain.build_scheduler())
+    unet = variants.train_cards(config)
+    variants.export_variant(config, config.cards_out, unet, diffusion.build_scheduler())
     shipped, cards = load_pipeline("models/emoji"), load_pipeline(str(tmp_path / "cards"))
     for part, same in (("unet", False), ("vae", True), ("text_encoder", True)):
         weights = getattr(shipped, part).state_dict()
@@ -167,27 +167,27 @@ def test_the_stage_of_counting_cards_makes_a_model_of_its_own(tmp_path):
 
 def test_a_deeper_unet_begins_with_what_the_earlier_one_predicts():
     torch.manual_seed(0)
-    config = pretrain.build_unet().config
+    config = diffusion.build_unet().config
     earlier = UNet2DConditionModel.from_config(
         dict(config) | dict(layers_per_block=1, in_channels=4, out_channels=4)
     )
-    unet = pretrain.build_unet()
-    pretrain.deepen(unet, earlier)
+    unet = diffusion.build_unet()
+    diffusion.deepen(unet, earlier)
     x, t, embeds = torch.randn(2, 8, 16, 16), torch.tensor([10, 700]), torch.randn(2, 20, 128)
     with torch.no_grad():
         expected = earlier(x[:, :4], t, embeds).sample
         output = unet(x, t, embeds).sample
-        again = pretrain.build_unet()
-        pretrain.deepen(again, unet)
+        again = diffusion.build_unet()
+        diffusion.deepen(again, unet)
         assert torch.equal(again(x, t, embeds).sample, output)
     torch.testing.assert_close(output[:, :4], expected, rtol=1e-4, atol=1e-5)
     assert output[:, 4:].abs().max() > 0  # the new channels are there to be trained
 
 
 def test_fakes_have_the_colours_of_their_pictures_and_not_the_shapes():
-    pixels = pretrain.to_pixels(scenes.draw_scenes(30, seed=8, kind="alone")[0])
+    pixels = trainer.to_pixels(scenes.draw_scenes(30, seed=8, kind="alone")[0])
     torch.manual_seed(0)
-    smeared, shuffled, blobs = pretrain.fake(pixels).tensor_split(3)
+    smeared, shuffled, blobs = clip.fake(pixels).tensor_split(3)
     of_smeared, of_shuffled, of_blobs = pixels.tensor_split(3)
     torch.testing.assert_close(smeared.mean((2, 3)), of_smeared.mean((2, 3)), rtol=0, atol=0.1)
     same = [picture.flatten(1).sort().values for picture in (shuffled, of_shuffled)]
@@ -198,10 +198,10 @@ def test_fakes_have_the_colours_of_their_pictures_and_not_the_shapes():
 
 
 def test_recoloured_pictures_keep_their_shapes_and_the_others_everything():
-    pixels = pretrain.to_pixels(scenes.draw_scenes(40, seed=8, kind="alone")[0])
+    pixels = trainer.to_pixels(scenes.draw_scenes(40, seed=8, kind="alone")[0])
     chosen = torch.arange(40) % 2 == 0
     torch.manual_seed(0)
-    recoloured = pretrain.recolour(pixels, chosen)
+    recoloured = clip.recolour(pixels, chosen)
     assert torch.equal(recoloured[~chosen], pixels[~chosen])
     grey = (recoloured.std(1) < 1e-5).all((1, 2))
     assert 4 <= grey[chosen].sum() <= 16 and not grey[~chosen].any()
@@ -212,7 +212,7 @@ def test_a_near_miss_differs_from_its_caption_where_there_is_something_to_overlo
                 "an owl on an orange striped background", "a pig on a blue background"]
     torch.manual_seed(0)
     for _ in range(20):
-        plain, mice, fox, guitar, owl, pig = pretrain.near_misses(captions)
+        plain, mice, fox, guitar, owl, pig = clip.near_misses(captions)
         assert plain == "a cat" and mice in {scenes.counted("mouse", n) for n in (1, 2, 4, 5, 6)}
         assert fox in {scenes.counted("fox", n) for n in range(2, 7)}
         assert guitar.startswith("a cat with a") and guitar != captions[3]

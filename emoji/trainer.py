@@ -1,0 +1,110 @@
+"""The loop that all stages of pretraining share, and the few things that each of them needs."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from run_folder import write_whole
+
+
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast():
+    return torch.autocast(device().type, torch.bfloat16)
+
+
+def to_pixels(pictures):
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], on the device, as the VAE and the CLIP
+    here take them."""
+    pictures = torch.as_tensor(pictures).permute(0, 3, 1, 2)
+    pictures = pictures.to(device(), memory_format=torch.channels_last)
+    return pictures.float() / 127.5 - 1
+
+
+def save_sheet(pixels, path, columns=12):
+    """Float (B, 3, H, W) in [-1, 1] -> a grid on disk."""
+    pictures = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
+    starts = range(0, len(pictures), columns)
+    rows = [np.concatenate(list(pictures[i:i + columns]), axis=1) for i in starts]
+    Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape])).save(path)
+
+
+def finished(name, config, model):
+    """Load the stage's averaged weights into the model, if the stage has run to its end."""
+    path = Path(config.work) / f"{name}.pt"
+    if not path.exists():
+        return False
+    saved = torch.load(path, map_location=device(), weights_only=True)
+    if saved["step"] < getattr(config, f"{name}_steps"):
+        return False
+    model.to(device()).load_state_dict(saved["ema"])
+    model.eval().requires_grad_(False)
+    return True
+
+
+def train(name, config, model, loss_fn, evaluate=None):
+    """The loop that the stages share: AdamW, warm-up and cosine, EMA, a checkpoint that a restart
+    goes on from. evaluate(model): called with each checkpoint, returns what to print about it."""
+    steps, lr = getattr(config, f"{name}_steps"), getattr(config, f"{name}_lr")
+    path = Path(config.work) / f"{name}.pt"
+    model.to(device()).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = {key: value.clone() for key, value in model.state_dict().items()}
+    start = 0
+    if path.exists():
+        saved = torch.load(path, map_location=device(), weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        ema, start = saved["ema"], saved["step"]
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2)
+    for step in bar:
+        # so that a restart draws what an unbroken run draws
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        scale = min(1, (step + 1) / 300) * (0.02 + 0.98 * cosine)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
+        loss = loss_fn(model)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(getattr(config, f"{name}_ema", config.ema), (1 + step) / (10 + step))
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                if value.is_floating_point():
+                    ema[key].lerp_(value, 1 - decay)
+                else:
+                    ema[key].copy_(value)
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            weights = model.state_dict()
+            state = {"model": weights, "ema": ema, "step": step + 1}
+            state["optimizer"] = optimizer.state_dict()
+            write_whole(path, lambda file: torch.save(state, file))
+            if evaluate:
+                trained = {key: value.clone() for key, value in weights.items()}
+                model.load_state_dict(ema)
+                model.eval()
+                with torch.no_grad():
+                    tqdm.write(f"{name} {step + 1}: loss {loss.item():.4f}  {evaluate(model)}")
+                model.load_state_dict(trained)
+                model.train()
+    model.load_state_dict(ema)
+    return model.eval().requires_grad_(False)
+
+
+def start_from(config, part, kind):
+    """That part of the model in --start, or None without one."""
+    if not config.start:
+        return None
+    return kind.from_pretrained(Path(config.start) / part).float().to(device()).requires_grad_(False)
