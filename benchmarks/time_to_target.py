@@ -5,7 +5,7 @@
     python benchmarks/time_to_target.py --table
                            prints the recorded tables again
     python benchmarks/time_to_target.py --draw
-                           draws the curves again and puts the tables into benchmarks/README.md
+                           draws the curves again and puts the tables into the two README.md
 
 The task is that of the first command: smaller JPEGs (the reward `compress`) of animals, with the
 emoji model. The target, for the mean of an epoch's pictures, which are sampled with the sampler's
@@ -17,9 +17,9 @@ full noise:
 
 Every mean is over at least 96 pictures: where an epoch has fewer, the pictures of the newest epochs
 are judged together. Else small epochs would get there by luck. The base model's means are of four
-pictures of each prompt, in float32. A trial may choose the number of sampling steps and the
-guidance. They make other pictures, so then the base model is measured with them, too, and of size
-and recognition the harder target counts.
+pictures of each prompt, in float32. A trial may choose the number of sampling steps, the guidance
+and a window of steps that have noise. They make other pictures, so then the base model is measured
+with them, too, and of size and recognition the harder target counts.
 
 The clock. Each side is a process of its own, one at a time. Each hands its pictures to the same
 function in the place of its reward. When all pictures of an epoch have their rewards, the clock of
@@ -31,12 +31,15 @@ rewards; the updates after them do not count. Both sides compute rewards and log
 default. Neither saves weights, watches another metric, or evaluates, except that ddpo.py always
 evaluates the base model: that is timed, with one picture.
 
-The search. Each side has a grid of its own (`AXES`), one axis after another. All values of an axis
-are tried with the others at the best so far, and the best value is kept. A trial ends at the
-target, at --minutes-per-trial, or when it has taken longer than the best so far, because it cannot
-win any more. Each of these is decided after an epoch. The search has a seed that is not among those
-that are measured. Ours starts from the settings of the first command. TRL starts from the best that
-was found by hand (`TRL_START`): the whole UNet, and a clip range scaled to the size of the latents.
+The search. Each side has a grid of its own (`AXES`), one axis after another, and at most
+--minutes-per-search for it. All values of an axis are tried with the others at the best so far, and
+the best value is kept. A trial ends at the target, at --minutes-per-trial, when it has taken longer
+than the best so far, because it cannot win any more, or when fewer than half as many pictures are
+recognised as the target asks, because it has destroyed them. Each of these is decided after an
+epoch. The search has a seed that is not among those that are measured. One seed can be lucky, so
+the two best settings are measured on all seeds, and those with the better median count. Ours starts
+from the settings of the first command. TRL starts from the best that was found by hand
+(`TRL_START`): the whole UNet, and a clip range scaled to the size of the latents.
 Some axes are ours alone, because TRL does not have them: the warm-up of the learning rate, which
 steps are trained (it draws them), and a penalty on the divergence from the base model. TRL can have
 advantages relative to a prompt: then its pictures come in groups of one prompt, and its statistics
@@ -75,6 +78,7 @@ MODEL, PROMPTS = "models/emoji", "animals"
 SMALLER, RECOGNISED = 0.8, 0.9  # the target, relative to the base model
 JUDGED = 96  # pictures, at least, of a mean
 SEARCH_SEED = 100
+FINALISTS = 2  # of a search, which are measured on the other seeds
 SIDES = "TRL", "ours"
 
 # Ours: settings of ddpo.Config
@@ -83,9 +87,9 @@ FIXED = dict(
     epochs=NEVER, eval_every=NEVER, checkpoint_every=NEVER,
 )  # fmt: skip
 SEARCHED = (  # they start at their defaults, those of the first command
-    "lr", "lora_rank", "warmup", "clip_range", "train_first", "timestep_fraction", "step_weights",
-    "images", "updates", "inner_epochs", "sample_batch", "train_batch", "advantages", "group_size",
-    "train_guidance", "kl", "steps", "guidance_scale", "dtype", "cuda_graph",
+    "lr", "lora_rank", "warmup", "clip_range", "train_first", "window", "images", "updates",
+    "sample_batch", "train_batch", "advantages", "group_size", "train_guidance", "kl", "steps",
+    "guidance_scale", "dtype", "cuda_graph",
 )  # fmt: skip
 # TRL's: settings of peer_trl.make_trainer
 TRL_START = dict(
@@ -103,10 +107,6 @@ def higher_rate(settings):
     return {"lr": settings["lr"] * 1.5}
 
 
-def sampled_at_once(settings):
-    return {"sample_batch": settings["images"]}
-
-
 def half_train_batch(settings):
     return {"train_batch": settings["train_batch"] // 2}
 
@@ -116,56 +116,49 @@ def half_train_batch(settings):
 AXES = {
     "ours": {
         "learning rate, whole UNet or LoRA": [
-            dict(lr=1.5e-4), dict(lr=2e-4), dict(lr=3e-4), dict(lr=5e-4),
-            dict(lora_rank=4, lr=3e-3), dict(lora_rank=16, lr=3e-3),
-        ],
-        "warm-up": [dict(warmup=5), dict(warmup=0)],
-        "steps": [dict(steps=7), dict(steps=5)],
-        "pictures and updates": [
-            dict(images=96, updates=8), dict(images=96, updates=2),
-            dict(images=48, updates=4, sample_batch=48),
-            dict(images=48, updates=2, sample_batch=48), dict(images=32, updates=2),
-        ],
-        "inner epochs": [dict(inner_epochs=2)],
-        "trained steps": [
-            dict(train_first=0.3), dict(train_first=0.7), dict(train_first=1.0),
-            dict(timestep_fraction=0.6), dict(step_weights="equal"),
-        ],
-        "groups": [
-            dict(group_size=2), dict(group_size=8), dict(advantages="batch", group_size=1),
+            dict(lr=2e-4), dict(lr=3e-4), dict(lora_rank=16, lr=3e-3),
         ],
         "clip range": [dict(clip_range=4e-4), dict(clip_range=1.6e-3)],
-        "divergence from the base model": [dict(kl=0.05), dict(kl=0.05, lr=3e-4)],
-        "guidance": [
-            dict(train_guidance=False), dict(guidance_scale=3.0), dict(guidance_scale=6.0),
-        ],
-        "batches": [dict(train_batch=16), dict(train_batch=64), sampled_at_once],
-        "precision": [dict(dtype="fp32")],
-        "learning rate, again": [lower_rate, higher_rate],
-    },
-    "TRL": {
-        "groups": [dict(group_size=4), dict(group_size=8)],
-        "learning rate, whole UNet or LoRA": [
-            dict(lr=2e-4), dict(lr=3e-4), dict(lr=5e-4), dict(lora_rank=4, lr=1e-3),
-            dict(lora_rank=4, lr=3e-3), dict(lora_rank=16, lr=3e-3),
+        "warm-up": [dict(warmup=5), dict(warmup=0)],
+        "pictures and updates": [
+            dict(images=48, updates=2, sample_batch=48), dict(images=32, updates=2),
+            dict(images=96, updates=8),
         ],
         "steps": [dict(steps=7), dict(steps=5)],
-        "trained steps": [dict(timestep_fraction=0.6), dict(timestep_fraction=0.4)],
-        "pictures and updates": [
-            dict(images=96, updates=8, sample_batch=48, train_batch=12),
-            dict(images=96, updates=2, sample_batch=48, train_batch=48),
-            dict(images=48, updates=4, sample_batch=48, train_batch=12),
-            dict(images=48, updates=2, sample_batch=48, train_batch=24),
-            dict(images=32, updates=2, sample_batch=32, train_batch=16),
+        "trained steps": [
+            dict(train_first=0.3), dict(train_first=0.7), dict(window="0:4", train_first=1.0),
         ],
-        "inner epochs": [dict(inner_epochs=2)],
-        "clip range": [dict(clip_range=6.4e-3), dict(clip_range=1e-4)],
-        "guidance": [
-            dict(train_guidance=False), dict(guidance_scale=3.0), dict(guidance_scale=6.0),
-        ],
-        "batches": [half_train_batch, sampled_at_once],
-        "precision": [dict(dtype="bf16")],
+        "guidance": [dict(train_guidance=False), dict(guidance_scale=3.0)],
+        "groups": [dict(group_size=8), dict(group_size=1, advantages="batch")],
+        "divergence from the base model": [dict(kl=0.05)],
+        "batches": [dict(train_batch=16), dict(train_batch=64)],
         "learning rate, again": [lower_rate, higher_rate],
+        "pictures and updates, again": [
+            dict(images=48, updates=1, sample_batch=48),
+            dict(images=48, updates=4, sample_batch=48),
+            dict(images=64, updates=2, sample_batch=64),
+        ],
+        "steps, again": [dict(steps=8)],
+        "trained steps, again": [dict(train_first=0.2), dict(window="0:3", train_first=1.0)],
+        "warm-up, again": [dict(warmup=5)],
+        "groups, again": [dict(group_size=8)],
+        "learning rate, once more": [lower_rate, higher_rate],
+    },
+    "TRL": {
+        "precision": [dict(dtype="bf16")],
+        "groups": [dict(group_size=4)],
+        "learning rate, whole UNet or LoRA": [dict(lr=2e-4), dict(lora_rank=4, lr=3e-3)],
+        "trained steps": [dict(timestep_fraction=0.5)],
+        "clip range": [dict(clip_range=6.4e-3)],
+        "pictures and updates": [
+            dict(images=48, updates=2, sample_batch=48, train_batch=24),
+            dict(images=96, updates=8, sample_batch=48, train_batch=12),
+        ],
+        "steps": [dict(steps=7), dict(steps=5)],
+        "guidance": [dict(train_guidance=False), dict(guidance_scale=3.0)],
+        "learning rate, again": [lower_rate, higher_rate],
+        "inner epochs": [dict(inner_epochs=2)],
+        "batches": [half_train_batch],
     },
 }  # fmt: skip
 GPU_AXES = {"ours": {"CUDA graph": [dict(cuda_graph=True)]}, "TRL": {}}
@@ -305,11 +298,11 @@ def means(judged):
     return {}
 
 
-def measure_base(steps, guidance_scale):
+def measure_base(steps, guidance_scale, window):
     """{"size", "recognition", "pictures"} of the base model: four pictures of each prompt."""
     from processes import seeded
     from prompts import load_prompts
-    from sample import load_pipeline, sample_trajectories
+    from sample import load_pipeline, sample_trajectories, step_etas
 
     pipeline = load_pipeline(MODEL)
     prompts = [prompt for prompt in load_prompts(PROMPTS) for _ in range(4)]
@@ -320,7 +313,7 @@ def measure_base(steps, guidance_scale):
             seeded(SEARCH_SEED, first + i, device=pipeline.device) for i in range(len(batch))
         ]
         images = sample_trajectories(
-            pipeline, batch, steps, guidance_scale, generator=generators
+            pipeline, batch, steps, guidance_scale, step_etas(steps, 1.0, window), generators
         ).images
         for key, values in judge(images.cpu(), batch).items():
             judged[key] += values
@@ -354,13 +347,13 @@ def run_trial(side, settings, seed, limit_s, target, python):
     libraries = ["torch", "diffusers", "transformers", "peft"]
     libraries += ["trl", "accelerate"] if side == "TRL" else []
     trial = dict(side=side, settings=settings, seed=seed, limit_s=limit_s, target=target)
-    trial |= dict(reached=False, error=None, epochs=[])
-    judged = []
+    trial |= dict(reached=False, destroyed=False, error=None, epochs=[])
+    judged, row = [], {"seconds": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         job = dict(side=side, settings=settings, seed=seed, folder=folder, libraries=libraries)
         process = launch(job | {"started": time.monotonic()}, python, __file__)
         try:
-            while not trial["reached"] and (not judged or row["seconds"] < limit_s):
+            while not trial["reached"] and not trial["destroyed"] and row["seconds"] < limit_s:
                 row = epoch(process)
                 judged.append(judge(**load_pictures(row.pop("file"))))
                 for key in ("versions", "threads"):
@@ -369,6 +362,7 @@ def run_trial(side, settings, seed, limit_s, target, python):
                 row |= means(judged)
                 trial["epochs"].append(row)
                 trial["reached"] = meets(row, target)
+                trial["destroyed"] = row.get("recognition", 1) < target["recognition"] / 2
         except RuntimeError as error:
             trial["error"] = str(error)
         finally:
@@ -390,6 +384,11 @@ def seconds_of(trial, key="seconds"):
     return trial["epochs"][-1][key] if trial["reached"] else math.inf
 
 
+def time_of(trial):
+    """What a trial took, in seconds, wherever it ended."""
+    return trial["epochs"][-1]["seconds_from_start"] if trial["epochs"] else 0.0
+
+
 def rank(trial):
     """Sorts trials, the best first: those at the target by their seconds, then the others by the
     smallest pictures that were still recognised."""
@@ -401,8 +400,9 @@ def rank(trial):
     return seconds_of(trial), min(recognised, default=math.inf)
 
 
-def search(start, axes, limit_s, run):
-    """(the best trial, [(axis, trial)]) of a search as described above.
+def search(start, axes, limit_s, search_s, run):
+    """(the best trial, [(axis, trial)]) of a search as described above, which begins no trial after
+    search_s seconds of trials (with their loading, without the judging).
 
     run(settings, limit_s) -> trial. Raises SystemExit if the settings to start from cannot run."""
     best = run(start, limit_s)
@@ -415,6 +415,8 @@ def search(start, axes, limit_s, run):
             candidate = settings | (change(settings) if callable(change) else change)
             if candidate in [trial["settings"] for _, trial in tried]:
                 continue
+            if sum(time_of(trial) for _, trial in tried) >= search_s:
+                return best, tried
             trial = run(candidate, min(limit_s, seconds_of(best)))
             tried.append((axis, trial))
             best = min(best, trial, key=rank)
@@ -458,9 +460,9 @@ class Bench:
     place: list  # what else the numbers depend on: the device, the model
 
     def base(self, settings):
-        steps, scale = settings["steps"], settings["guidance_scale"]
-        file = self.work / f"base-{steps}-{scale:g}-{named(self.place)}.json"
-        return remembered(file, lambda: measure_base(steps, scale))
+        made_with = settings["steps"], settings["guidance_scale"], settings.get("window", "")
+        file = self.work / f"base-{named(made_with, self.place)}.json"
+        return remembered(file, lambda: measure_base(*made_with))
 
     def trial(self, side, settings, seed, limit_s):
         """A trial that is there, if it has run long enough, or a new one."""
@@ -469,28 +471,38 @@ class Bench:
         trial = remembered(
             self.work / f"{side}-{seed}-{named(settings, self.place)}.json",
             lambda: run_trial(side, settings, seed, limit_s, target, python),
-            lambda trial: trial["reached"] or trial["limit_s"] >= limit_s,
+            lambda trial: (
+                trial["reached"] or trial["destroyed"] or trial["limit_s"] >= limit_s
+            ),
         )
         say(trial)
         return trial
 
-    def side(self, side, start, axes, seeds, limit_s):
-        """A side's part of the record: its search, and the best of it on each seed."""
-        best, tried = search(
-            start, axes, limit_s, lambda *trial: self.trial(side, trial[0], SEARCH_SEED, trial[1])
-        )
-        trials = [self.trial(side, best["settings"], seed, limit_s) for seed in seeds]
-        for trial in trials:
+    def side(self, side, start, axes, seeds, limit_s, search_s):
+        """A side's part of the record: its search, and the better of its two best on the seeds."""
+        _, tried = search(
+            start, axes, limit_s, search_s,
+            lambda *trial: self.trial(side, trial[0], SEARCH_SEED, trial[1]),
+        )  # fmt: skip
+        finalists = sorted((trial for _, trial in tried), key=rank)[:FINALISTS]
+        measured = [
+            [self.trial(side, finalist["settings"], seed, limit_s) for seed in seeds]
+            for finalist in finalists
+        ]
+        for trial in itertools.chain(*measured):
             if not trial["epochs"]:
                 sys.exit(f"{side}, seed {trial['seed']}: {trial['error']}")
-        keys = "settings", "limit_s", "target", "reached", "error"
+        measured.sort(key=lambda trials: median(sorted(map(rank, trials))))
+        trials, *others = measured
+        keys = "settings", "limit_s", "target", "reached", "destroyed", "error"
         return {
-            "best": best["settings"],
+            "best": trials[0]["settings"],
             "search": [
                 {"axis": axis} | {key: trial[key] for key in keys} | {"last": trial["epochs"][-1:]}
                 for axis, trial in tried
             ],
             "trials": trials,
+            "other_finalists": others,
         }
 
 
@@ -508,11 +520,20 @@ def say(trial):
 # Table and picture
 
 
+def end_of(trial, key):
+    """(reached, value at the target); where it was not reached, the value is that at the last
+    epoch, and the real one is more. key SIZE_ALONE: the seconds to the size, recognised or not."""
+    rows, reached = trial["epochs"], trial["reached"]
+    if key == SIZE_ALONE:
+        small = [i for i, row in enumerate(rows)
+                 if row.get("size", math.inf) <= trial["target"]["size"]]
+        rows, reached, key = rows[:small[0] + 1] if small else rows, bool(small), "seconds"
+    return reached, rows[-1][key]
+
+
 def to_target(trials, key):
-    """[(reached, value at the end)] of trials, from the least to the most; where the target was not
-    reached, the value is that at the limit, and the real one is more."""
-    ends = [(not trial["reached"], trial["epochs"][-1][key]) for trial in trials]
-    return [(not more, value) for more, value in sorted(ends)]
+    """[end_of] of trials, from the least to the most."""
+    return sorted((end_of(trial, key) for trial in trials), key=lambda end: (not end[0], end[1]))
 
 
 def cell(reached, value, form):
@@ -536,8 +557,10 @@ def ratio(record, key):
     return cell(theirs[0], theirs[1] / ours[1], ".1f") + "x" if ours[0] else ""
 
 
+SIZE_ALONE = "size alone"
 COLUMNS = {  # heading: (key of an epoch's row, format)
     "seconds from the first step": ("seconds", ".1f"),
+    "to the size alone": (SIZE_ALONE, ".1f"),
     "from the start of the process": ("seconds_from_start", ".1f"),
     "epochs": ("epoch", "d"),
     "pictures": ("pictures", ",d"),
@@ -546,24 +569,33 @@ COLUMNS = {  # heading: (key of an epoch's row, format)
 }
 
 
-def table(record):
-    """The Markdown tables of a record: what it took to the target, median (min to max) over the
-    seeds, with the pictures there; and the settings that the searches found."""
-    base, sides = record["base"], record["sides"]
-    rows = [["", *COLUMNS, "kB", "recognised"]]
+def results(record, columns):
+    """[row of a table]: what it took to the target, median (min to max) over the seeds, with the
+    pictures there."""
+    rows = [["", *columns, "kB", "recognised"]]
     for side in SIDES:
-        trials = sides[side]["trials"]
+        trials = record["sides"][side]["trials"]
         ends = [trial["epochs"][-1] for trial in trials]
-        cells = [several(trials, key, form) for key, form in COLUMNS.values()]
+        cells = [several(trials, key, form) for key, form in columns.values()]
         for key in ("size", "recognition"):
             cells.append(f"{statistics.median(row.get(key, math.nan) for row in ends):.2f}")
         rows.append([side, *cells])
-    rows.append(["TRL over ours", *(ratio(record, key) for key, _ in COLUMNS.values()), "", ""])
-    empty = [""] * len(COLUMNS)
+    return [*rows, ["TRL over ours", *(ratio(record, key) for key, _ in columns.values()), "", ""]]
+
+
+def headline(record):
+    """The Markdown table of the project's README."""
+    return markdown(results(record, dict(list(COLUMNS.items())[:3])))
+
+
+def table(record):
+    """The Markdown tables of a record: `results`, and the settings that the searches found."""
+    base, sides, empty = record["base"], record["sides"], [""] * len(COLUMNS)
+    rows = results(record, COLUMNS)
     rows.append(["base model", *empty, f"{base['size']:.2f}", f"{base['recognition']:.2f}"])
 
     searches = [["search", "settings tried", "at the target", "the first, seconds",
-                 "the best, seconds", "its settings"]]
+                 "the best, seconds", "settings that were better on all seeds"]]
     for side in SIDES:
         tried = sides[side]["search"]
         ends = [(trial["reached"], trial["last"][0]["seconds"]) for trial in tried if trial["last"]]
@@ -600,7 +632,7 @@ def draw(record, path):
 
 
 def show(records, out):
-    """The picture of each record, and the tables in the README beside the default record."""
+    """The picture of each record, and the tables in both READMEs, if it is the default record."""
     out = Path(out)
     for i, record in enumerate(records.values()):
         draw(record, out.with_name(f"{out.stem}{f'-{i}' if i else ''}.png"))
@@ -609,6 +641,8 @@ def show(records, out):
         from reproduce import insert_table
 
         insert_table(page, "time_to_target", tables(records).splitlines())
+        first = next(iter(records.values()))
+        insert_table(ROOT / "README.md", "time_to_target", headline(first).splitlines())
 
 
 def main(arguments=None):
@@ -619,6 +653,8 @@ def main(arguments=None):
                         help="the interpreter of TRL's environment, see peer_trl.py")
     parser.add_argument("--minutes-per-trial", type=float, default=5.0,
                         help="after which a trial is given up (default 5)")
+    parser.add_argument("--minutes-per-search", type=float, default=40.0,
+                        help="of all trials of a side's search together (default 40)")
     parser.add_argument("--seeds", default="0,1,2",
                         help=f"an odd number of them, without {SEARCH_SEED} (default 0,1,2)")
     parser.add_argument("--work", default=str(ROOT / "runs/time_to_target"),
@@ -640,9 +676,12 @@ def main(arguments=None):
     if not args.trl_python:
         parser.exit(2, "--trl-python: give the interpreter of an environment with TRL 0.23.1; "
                        "benchmarks/peer_trl.py --help says how to make one\n")
-    if args.minutes_per_trial <= 0:
-        parser.exit(2, f"--minutes-per-trial {args.minutes_per_trial:g}: must be above 0, "
-                       "such as 5\n")
+    for option, value, example in (
+        ("--minutes-per-trial", args.minutes_per_trial, 5),
+        ("--minutes-per-search", args.minutes_per_search, 40),
+    ):
+        if not value > 0:
+            parser.exit(2, f"{option} {value:g}: must be above 0, such as {example}\n")
     numbers = args.seeds.split(",")
     seeds = list(dict.fromkeys(int(number) for number in numbers if number.isdecimal()))
     if len(seeds) < len(numbers) or len(seeds) % 2 == 0 or SEARCH_SEED in seeds:
@@ -661,7 +700,8 @@ def main(arguments=None):
     sides = {}
     for side in reversed(SIDES):
         axes = AXES[side] | (GPU_AXES[side] if torch.cuda.is_available() else {})
-        sides[side] = bench.side(side, start[side], axes, seeds, 60 * args.minutes_per_trial)
+        minutes = args.minutes_per_trial, args.minutes_per_search
+        sides[side] = bench.side(side, start[side], axes, seeds, *(60 * value for value in minutes))
     command = command_line("benchmarks/time_to_target.py", arguments)
     command = command.replace(args.trl_python, "trl-env/bin/python")  # as named in peer_trl.py
     record = device | {

@@ -213,7 +213,7 @@ def trial(settings, seconds, limit_s=300.0, seed=0, side="ours", size=1.9, **mor
     last = start | {"epoch": 2, "pictures": 192, "seconds": end, "seconds_from_start": end + 8,
                     "size": size if reached else 2.2, "recognition": 0.9}
     return dict(side=side, settings=settings, seed=seed, limit_s=limit_s, reached=reached,
-                target=TARGET, error=None, epochs=[start, last]) | more
+                target=TARGET, destroyed=False, error=None, epochs=[start, last]) | more
 
 
 def test_a_search_keeps_the_fastest_of_each_axis_and_ends_what_cannot_win():
@@ -227,11 +227,14 @@ def test_a_search_keeps_the_fastest_of_each_axis_and_ends_what_cannot_win():
 
     axes = {"lr": [dict(lr=2), dict(lr=4)], "images": [dict(images=16), dict(images=8)],
             "lr, again": [(lambda settings: dict(lr=settings["lr"] / 2)), dict(lr=2)]}
-    best, tried = time_to_target.search(dict(lr=1, images=32), axes, 300.0, run)
+    best, tried = time_to_target.search(dict(lr=1, images=32), axes, 300.0, math.inf, run)
     assert ran == [(1, 32, 300.0), (2, 32, 80.0), (4, 32, 60.0), (2, 16, 60.0), (2, 8, 60.0),
                    (1, 8, 50.0)]  # the last change is what was tried already
     assert best["settings"] == dict(lr=2, images=8)
     assert [axis for axis, _ in tried] == ["start", "lr", "lr", "images", "images", "lr, again"]
+    ran.clear()
+    best, tried = time_to_target.search(dict(lr=1, images=32), axes, 300.0, 150.0, run)
+    assert len(ran) == 2 and best["settings"] == dict(lr=2, images=32)  # 88 + 68 s, with loading
 
 
 def test_where_no_trial_reaches_the_target_the_smallest_recognised_pictures_win():
@@ -241,10 +244,11 @@ def test_where_no_trial_reaches_the_target_the_smallest_recognised_pictures_win(
                                3: dict(size=1.5, recognition=0.1)}[settings["lr"]]
         return made
 
-    best, _ = time_to_target.search(dict(lr=1), {"lr": [dict(lr=2), dict(lr=3)]}, 300.0, run)
+    axes = {"lr": [dict(lr=2), dict(lr=3)]}
+    best, _ = time_to_target.search(dict(lr=1), axes, 300.0, math.inf, run)
     assert best["settings"] == dict(lr=2) and not best["reached"]
     with pytest.raises(SystemExit, match="ours cannot run: no module trl"):
-        time_to_target.search({}, {}, 1.0, lambda *_: trial({}, 1.0) | dict(
+        time_to_target.search({}, {}, 1.0, math.inf, lambda *_: trial({}, 1.0) | dict(
             epochs=[], reached=False, error="no module trl"))
 
 
@@ -259,24 +263,44 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypat
 
     monkeypatch.setattr(time_to_target, "run_trial", run_trial)
     monkeypatch.setattr(time_to_target, "measure_base",
-                        lambda steps, scale: {"size": 2.5, "recognition": 0.9})
+                        lambda steps, scale, window: {"size": 2.5, "recognition": 0.9})
     reference = dict(lr=5, steps=10, guidance_scale=4.0)
 
     def measure(limit_s, place="here"):
         bench = time_to_target.Bench(tmp_path, "python", reference, [place])
-        return bench.side("ours", reference, {"lr": [dict(lr=3), dict(lr=4)]}, (0, 1, 2), limit_s)
+        axes = {"lr": [dict(lr=3), dict(lr=4)]}
+        return bench.side("ours", reference, axes, (0, 1, 2), limit_s, math.inf)
 
     with pytest.raises(KeyboardInterrupt):
         measure(300.0)
     patience[0] = 100
     part = measure(300.0)
-    assert ran == [(5, 100), (3, 100), (4, 100), (3, 0), (3, 1), (3, 2)]
+    assert ran == [(5, 100), (3, 100), (4, 100), *((lr, seed) for lr in (3, 5) for seed in range(3))]
     assert part["best"]["lr"] == 3 and [trial["seed"] for trial in part["trials"]] == [0, 1, 2]
-    assert measure(300.0) == part and len(ran) == 6
+    assert measure(300.0) == part and len(ran) == 9
     measure(20.0)  # what has reached the target, or lasted longer, need not run again
-    assert len(ran) == 6
+    assert len(ran) == 9
     measure(300.0, place="on another device")
-    assert len(ran) == 12
+    assert len(ran) == 18
+
+
+def test_the_runner_up_of_a_search_counts_where_the_best_was_lucky(tmp_path, monkeypatch):
+    seconds = {1: 90.0, 2: 50.0}  # on the search's seed
+
+    def run_trial(side, settings, seed, limit_s, target, python):
+        lucky = settings["lr"] == 2 and seed != time_to_target.SEARCH_SEED
+        return trial(settings, math.inf if lucky else seconds[settings["lr"]], limit_s, seed)
+
+    monkeypatch.setattr(time_to_target, "run_trial", run_trial)
+    monkeypatch.setattr(time_to_target, "measure_base",
+                        lambda steps, scale, window: {"size": 2.5, "recognition": 0.9})
+    start = dict(lr=1, steps=10, guidance_scale=4.0)
+    bench = time_to_target.Bench(tmp_path, "python", start, ["here"])
+    part = bench.side("TRL", start, {"lr": [dict(lr=2)]}, (0, 1, 2), 300.0, math.inf)
+    assert part["best"]["lr"] == 1 and all(trial["reached"] for trial in part["trials"])
+    others, = part["other_finalists"]
+    assert [trial["settings"]["lr"] for trial in others] == [2] * 3
+    assert not any(trial["reached"] for trial in others)
 
 
 def test_a_trial_that_was_given_up_early_runs_again_when_there_is_more_time(tmp_path):
@@ -324,7 +348,7 @@ def easily_judged(monkeypatch):
     monkeypatch.setattr(time_to_target, "recognition", lambda images, _: torch.ones(len(images)))
 
 
-def test_a_trial_ends_at_its_target_at_its_limit_or_with_its_process(
+def test_a_trial_ends_at_its_target_at_its_limit_destroyed_or_with_its_process(
     tmp_path, monkeypatch, easily_judged
 ):
     script = tmp_path / "shrinking.py"
@@ -343,6 +367,11 @@ def test_a_trial_ends_at_its_target_at_its_limit_or_with_its_process(
     reached, late = run_trial(sizes[1], 100.0), run_trial(0.0, 1.5)
     assert reached["reached"] and len(reached["epochs"]) == 2 and reached["threads"] == 1
     assert not late["reached"] and len(late["epochs"]) == 2 and not late["error"]
+    monkeypatch.setattr(time_to_target, "recognition",  # which the last of the pictures have lost
+                        lambda images, _: (images.float().mean(dim=(1, 2, 3)) > 8).float())
+    destroyed = run_trial(0.0, 100.0)
+    assert destroyed["destroyed"] and not destroyed["reached"] and not destroyed["error"]
+    assert [row["recognition"] for row in destroyed["epochs"]] == [1.0, 1.0, 0.0]
 
 
 def test_a_sides_clock_stops_while_its_pictures_are_judged(tmp_path, monkeypatch, capsys):
@@ -451,13 +480,19 @@ def test_the_table_has_medians_and_marks_what_was_not_reached(tmp_path):
         small_record([200.0, math.inf, 250.0], [25.0, 20.0, 40.0])
     ).split("\n\n")
     _, _, theirs, ours, over, base = results.splitlines()
-    assert theirs.startswith("| TRL | 250.0 (200.0 to >300.0) | 258.0 (208.0 to >308.0) | 2 (2 ")
-    assert ours.startswith("| ours | 25.0 (20.0 to 40.0) | 33.0 (28.0 to 48.0) | 2 (2 to 2) |")
+    assert theirs.startswith("| TRL | 250.0 (200.0 to >300.0) | 250.0 (200.0 to >300.0) "
+                             "| 258.0 (208.0 to >308.0) | 2 (2 ")
+    assert ours.startswith("| ours | 25.0 (20.0 to 40.0) | 25.0 (20.0 to 40.0) "
+                           "| 33.0 (28.0 to 48.0) | 2 (2 to 2) |")
     assert ours.endswith("| 192 (192 to 192) | 1,000 (1,000 to 1,000) | 500 (500 to 500) "
                          "| 1.90 | 0.90 |")
-    assert over.startswith("| TRL over ours | 10.0x | 7.8x | 1.0x |")
+    assert over.startswith("| TRL over ours | 10.0x | 10.0x | 7.8x | 1.0x |")
     assert base.endswith("| 2.50 | 0.90 |")
     assert searches.splitlines()[2] == "| TRL | 2 | 1 | 200.0 | 200.0 | `lr=0.0001` |"
+    lost = small_record([math.inf] * 3, [20.0] * 3)
+    for entry in lost["sides"]["TRL"]["trials"]:  # small enough after 150 s, but not recognised
+        entry["epochs"][0] |= dict(size=1.9, recognition=0.1)
+    assert ">300.0 (>300.0 to >300.0) | 150.0 (150.0 to 150.0)" in time_to_target.table(lost)
     unreached = time_to_target.table(small_record([math.inf] * 3, [20.0] * 3)).splitlines()
     assert "| >300.0 (>300.0 to >300.0) |" in unreached[2] and "| >15.0x |" in unreached[4]
     worse = time_to_target.table(small_record([20.0] * 3, [math.inf] * 3)).splitlines()
@@ -483,7 +518,8 @@ def test_table_and_curves_come_from_the_record_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--minutes-per-trial", "0"], ["--seeds", "0,1"], ["--seeds", "0,1,1"], ["--seeds", "0,a,b"],
+    ["--minutes-per-trial", "0"], ["--minutes-per-search", "nan"], ["--seeds", "0,1"],
+    ["--seeds", "0,1,1"], ["--seeds", "0,a,b"],
     ["--seeds", "100"], ["--seeds", ""],
 ])
 def test_bad_flags_are_refused_before_anything_runs(tmp_path, capsys, flags):
