@@ -22,7 +22,7 @@ from processes import seeded
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
 from run_folder import picture_grid, read_metrics
-from sample import is_emoji, load_pipeline, sample_trajectories
+from sample import is_emoji, load_pipeline, sample_trajectories, step_etas
 
 # Student's t, two-sided 95 %, by number of seeds; 2.31 for 9
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
@@ -100,6 +100,15 @@ def band(axis, curves, label, shaded=True, ls="-", **style):
         axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, lw=0)
 
 
+def sample_as(config, pipeline, prompts, generators, guidance_scale=None):
+    """Pictures of the prompts, sampled as a run with this config samples its evaluations."""
+    eta = step_etas(config.steps, config.eta, config.window, config.window_shift)
+    return sample_trajectories(
+        pipeline, prompts, config.steps, guidance_scale or config.guidance_scale, eta, generators,
+        sampler=config.sampler,
+    ).images  # fmt: skip
+
+
 def pictures(config, models, prompts, path, columns=10):
     """A row a model, the same prompts and seeds in each, sampled as the run with this config does.
 
@@ -108,14 +117,10 @@ def pictures(config, models, prompts, path, columns=10):
     rows = []
     chosen = [prompts[i * len(prompts) // columns] for i in range(columns)]
     for model in models.values():
-        model = {"guidance_scale": config.guidance_scale} | model
-        guidance_scale = model.pop("guidance_scale")
-        pipeline = load_pipeline(config.model, **model)
+        arguments = {key: value for key, value in model.items() if key != "guidance_scale"}
+        pipeline = load_pipeline(config.model, **arguments)
         generators = [seeded(1, i, device=pipeline.device) for i in range(columns)]
-        trajectories = sample_trajectories(
-            pipeline, chosen, config.steps, guidance_scale, generator=generators
-        )
-        rows.append(trajectories.images)
+        rows.append(sample_as(config, pipeline, chosen, generators, model.get("guidance_scale")))
     picture_grid(rows, list(models), chosen, cell=112).save(path)
 
 
@@ -129,10 +134,7 @@ def evaluation_pictures(config, weights, prompts, strength=1.0, count=64):
         generators = [
             seeded(0, 0, start + i, device=pipeline.device) for i in range(len(batch))
         ]
-        trajectories = sample_trajectories(
-            pipeline, batch, config.steps, config.guidance_scale, generator=generators
-        )
-        images.append(trajectories.images)
+        images.append(sample_as(config, pipeline, batch, generators))
     return torch.cat(images).cpu(), chosen
 
 
@@ -175,7 +177,8 @@ def measure_recognition(runs, path, out):
         pairs = any(" with " in prompt for prompt in load_prompts(config.prompts))
         if pairs or not is_emoji(config.model):
             return None  # the classifier has learnt from pictures of one thing
-        sampled = config.model, config.prompts, config.steps, config.guidance_scale
+        sampled = (config.model, config.prompts, config.steps, config.guidance_scale,
+                   config.sampler, config.eta, config.window)
         if sampled not in before:
             before[sampled] = share(config, None)
         return {"before": before[sampled], "kept": share(config, folder)}

@@ -224,10 +224,10 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(tmp_path
     assert without_seconds(log) == before[1]
 
 
-def test_where_weights_are_pictures_and_measurements_are_taken_of_them(tmp_path):
+def test_where_weights_are_pictures_and_measurements_are_taken_of_them_as_the_run_samples(tmp_path):
     out, results = tmp_path / "out", tmp_path / "results"
     command = TINY.replace("--eval-images 2", "--eval-images 64").replace("--watch=", "")
-    command = command.replace("--epochs 2", "--epochs 1")
+    command = command.replace("--epochs 2", "--epochs 1") + " --sampler flow"
     ddpo.main([*command.split()[1:], "--name", "compress-0", "--out", str(out)])
     shutil.copytree(out / "compress-0", results / "logs/compress-0")
     runs = {"compress-0": read_metrics(results / "logs/compress-0/metrics.jsonl")}
