@@ -379,9 +379,9 @@ def load_pictures(file):
     return pictures
 
 
-def seconds_of(trial, key="seconds"):
+def seconds_of(trial):
     """To the target; infinite where it was not reached."""
-    return trial["epochs"][-1][key] if trial["reached"] else math.inf
+    return trial["epochs"][-1]["seconds"] if trial["reached"] else math.inf
 
 
 def time_of(trial):
@@ -401,8 +401,8 @@ def rank(trial):
 
 
 def search(start, axes, limit_s, search_s, run):
-    """(the best trial, [(axis, trial)]) of a search as described above, which begins no trial after
-    search_s seconds of trials (with their loading, without the judging).
+    """[(axis, trial)] of a search as described above, which begins no trial after search_s seconds
+    of trials (with their loading, without the judging).
 
     run(settings, limit_s) -> trial. Raises SystemExit if the settings to start from cannot run."""
     best = run(start, limit_s)
@@ -416,11 +416,11 @@ def search(start, axes, limit_s, search_s, run):
             if candidate in [trial["settings"] for _, trial in tried]:
                 continue
             if sum(time_of(trial) for _, trial in tried) >= search_s:
-                return best, tried
+                return tried
             trial = run(candidate, min(limit_s, seconds_of(best)))
             tried.append((axis, trial))
             best = min(best, trial, key=rank)
-    return best, tried
+    return tried
 
 
 def remembered(file, make, good_enough=lambda value: True):
@@ -480,7 +480,7 @@ class Bench:
 
     def side(self, side, start, axes, seeds, limit_s, search_s):
         """A side's part of the record: its search, and the better of its two best on the seeds."""
-        _, tried = search(
+        tried = search(
             start, axes, limit_s, search_s,
             lambda *trial: self.trial(side, trial[0], SEARCH_SEED, trial[1]),
         )  # fmt: skip

@@ -32,7 +32,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # of the scripts
@@ -41,11 +40,11 @@ from emoji import scenes
 from emoji.classifiers import recognised
 from emoji.clip import build_tokenizer, fake, train_clip
 from emoji.diffusion import build_scheduler, export, train_unet, train_vae
-from emoji.trainer import to_pixels
+from emoji.trainer import draw, to_pixels
 from emoji.variants import export_variant, flow_scheduler, report_flow, train_cards, train_flow
 from rewards import clip_top1, jpeg_kilobytes
 from run_folder import picture_grid
-from sample import load_pipeline, sample_trajectories
+from sample import load_pipeline
 from settings import add_flags
 
 
@@ -175,16 +174,7 @@ def report(folder, images_per_noun=4, scene_count=1000):
     }
     prompts = nouns * images_per_noun
     for guidance_scale in (3.0, 4.0, 5.0):
-        images = []
-        for i in tqdm(range(0, len(prompts), 64), desc=f"guidance {guidance_scale:g}"):
-            batch = prompts[i:i + 64]
-            seeds = range(i, i + len(batch))
-            generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
-            trajectories = sample_trajectories(
-                pipeline, batch, 10, guidance_scale, generator=generators, dtype=torch.bfloat16
-            )
-            images.append(trajectories.images.cpu())
-        images = torch.cat(images)
+        images = draw(pipeline, prompts, 10, guidance_scale, f"guidance {guidance_scale:g}")
         judged = {
             "clip": clip_top1(images, prompts, nouns, model=clip),
             "classifier": recognised(images, prompts),

@@ -9,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from run_folder import write_whole
+from sample import sample_trajectories
 
 
 def device():
@@ -34,6 +35,20 @@ def save_sheet(pixels, path, columns=12):
     starts = range(0, len(pictures), columns)
     rows = [np.concatenate(list(pictures[i:i + columns]), axis=1) for i in starts]
     Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape])).save(path)
+
+
+def draw(pipeline, prompts, steps, guidance_scale, label, eta=1.0, sampler="ddim"):
+    """A picture of each prompt, (B, 3, H, W) uint8 on the CPU; its seed is its place. label: of the
+    progress bar."""
+    images = []
+    for i in tqdm(range(0, len(prompts), 64), desc=label):
+        batch = prompts[i:i + 64]
+        seeds = range(i, i + len(batch))
+        generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
+        images.append(sample_trajectories(
+            pipeline, batch, steps, guidance_scale, eta, generators, torch.bfloat16, sampler=sampler
+        ).images.cpu())
+    return torch.cat(images)
 
 
 def finished(name, config, model):

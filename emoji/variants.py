@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tqdm import tqdm
 
 from emoji import scenes
 from emoji.classifiers import count_of, digits, honest_count, recognised
 from emoji.diffusion import build_unet, encode_captions, encode_pictures, noise_loss
-from emoji.trainer import autocast, device, finished, save_sheet, train
+from emoji.trainer import autocast, device, draw, finished, save_sheet, train
 from rewards import clip_top1, jpeg_kilobytes
 from sample import ETAS, load_pipeline, sample_trajectories
 
@@ -133,14 +132,8 @@ def report_flow(config, steps=10, guidance_scale=4.0):
     for name, folder in (("flow", config.flow_out), ("teacher", config.out)):
         pipeline = load_pipeline(folder)
         for sampler, eta in (("ode", 0.0), *ETAS.items()):
-            images = []
-            for i in tqdm(range(0, len(nouns), 64), desc=f"{name} {sampler}"):
-                seeds = range(i, min(i + 64, len(nouns)))
-                generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
-                images.append(sample_trajectories(
-                    pipeline, nouns[i:i + 64], steps, guidance_scale, eta, generators,
-                    torch.bfloat16, sampler="ddim" if sampler == "ode" else sampler).images.cpu())
-            images = torch.cat(images)
+            images = draw(pipeline, nouns, steps, guidance_scale, f"{name} {sampler}", eta,
+                          "ddim" if sampler == "ode" else sampler)
             right = clip_top1(images, nouns, nouns, model=str(Path(config.out) / "clip")).float()
             figures[f"{name}_{sampler}_clip_top1"] = right.mean().item()
             figures[f"{name}_{sampler}_classifier"] = recognised(images, nouns).mean().item()
