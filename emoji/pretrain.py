@@ -139,7 +139,7 @@ def share(right):
 
 
 @torch.no_grad()
-def report(folder, images_per_noun=4, scene_count=1000):
+def report(folder, images_per_noun=16, scene_count=1000):
     """How good the exported model is, as a dict; also written to `figures.json` in the folder, beside
     nouns.png, a picture of each noun.
 
