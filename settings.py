@@ -42,7 +42,8 @@ class Settings:
     resolution: int = 0  # pixels of a picture's side (0: what the model was trained on)
     steps: int = 10  # T, denoising steps of a picture
     guidance_scale: float = 4.0  # of classifier-free guidance; 1 for none
-    sampler: str = "ddim"  # ddim, cps, flow, dance: how a step adds its noise, see sample.ddim_table
+    sampler: str = ""  # ddim, cps, flow, dance: how a step adds its noise, see sample.ddim_table (default:
+        # flow for models of flow matching, ddim for others)
     eta: float = -1.0  # how much noise, in the sampler's own meaning; 0 is deterministic, which
         # ddpo.py cannot train (default: ddim 1, cps 0.7, flow 0.7, dance 0.3)
     window: str = ""  # "5:15": only these steps have noise and are trained ("" for all)
@@ -159,7 +160,7 @@ def check(config):
         refuse(config, "seed", "must be below 2**63")
     check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"),
                   optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"),
-                  sampler=tuple(ETAS))
+                  sampler=("", *ETAS))
     if not 0 <= config.ema < 1:
         refuse(config, "ema", "must be 0 (none) or below 1")
     window = re.fullmatch(r"(\d+):(\d+)", config.window or f"0:{config.steps}")
@@ -167,11 +168,8 @@ def check(config):
         refuse(config, "window", "give the first step and the one after the last, such as "
                f"0:{config.steps // 2}, of --steps {config.steps}")
     check_window_shift(config)
-    if config.eta == -1:
-        config.eta = ETAS[config.sampler]
-    if not 0 <= config.eta <= MAX_ETAS[config.sampler]:
-        refuse(config, "eta", f"must be at least 0 and at most {MAX_ETAS[config.sampler]:g} with "
-               f"--sampler {config.sampler}")
+    if config.sampler:
+        set_sampler(config)
     check_machine(config)
 
     config.updates = config.updates or 1
@@ -197,6 +195,17 @@ def check(config):
         if parse_reward(name) != {name: 1.0}:
             refuse(config, "watch", f"a watched metric has no weight; write {name.rpartition(':')[0]}")
     return config
+
+
+def set_sampler(config, flow=False):
+    """Fills in the sampler, of a model of flow matching or of another, and its noise. Without --sampler it
+    waits for the model: only a scheduler says of which kind it is."""
+    config.sampler = config.sampler or ("flow" if flow else "ddim")
+    if config.eta == -1:
+        config.eta = ETAS[config.sampler]
+    if not 0 <= config.eta <= MAX_ETAS[config.sampler]:
+        refuse(config, "eta", f"must be at least 0 and at most {MAX_ETAS[config.sampler]:g} with "
+               f"--sampler {config.sampler}")
 
 
 def at_least(config, bound, *settings):

@@ -40,9 +40,10 @@ from rewards import RewardError, get_reward, parse_reward
 from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards,
                         read_metrics, release, reserved, row_line, save_checkpoint, save_picture,
                         save_weights, sync, write_whole)
-from sample import (DTYPES, GraphedStep, Trajectories, ddim_table, decode, latents_shape,
-                    load_pipeline, predict, sample_trajectories, step_etas, window_places)
-from settings import watched
+from sample import (DTYPES, FlowMatchEulerDiscreteScheduler, GraphedStep, Trajectories, ddim_table,
+                    decode, latents_shape, load_pipeline, predict, sample_trajectories, step_etas,
+                    window_places)
+from settings import set_sampler, watched
 
 
 @dataclass
@@ -138,6 +139,7 @@ def set_up(config, folder, resume, reference):
     if device.type == "cuda" and rank == 0:
         print(estimate(config, world, pipeline), flush=True)
     network = denoiser(pipeline)
+    set_sampler(config, isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler))
     timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler,
                                   **schedule_inputs(pipeline, config.steps))
     for first, end in window_places(config.steps, config.window, config.window_shift):

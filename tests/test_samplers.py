@@ -18,6 +18,7 @@ from run_folder import read_metrics
 from sample import (ETAS, ddim_scheduler, ddim_step, ddim_table, encode_prompts, load_pipeline, predict,
                     sample_trajectories, step_etas, window_places)
 from stable_diffusion import save_pipeline
+from training import epoch_table
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 STABLE_DIFFUSION = BETAS | dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1,
@@ -372,7 +373,7 @@ def test_a_window_moves_on_and_begins_again():
 
 
 def test_a_run_trains_the_steps_of_its_moving_window_alone(flow_folder, tmp_path, monkeypatch):
-    settings = SMALL | dict(epochs=4, window="0:2", window_shift="1/1", train_first=1.0)
+    settings = SMALL | dict(epochs=4, window="0:2", window_shift="1/1", train_first=1.0, sampler="ddim")
     seen, real = [], ddpo.update_pairs
 
     def update_pairs(run, epoch, *rest):
@@ -409,10 +410,25 @@ def test_a_sampler_or_window_that_cannot_be_is_one_line(settings, names):
 def test_a_window_of_steps_without_noise_is_refused_before_a_folder_is_made(flow_folder, tmp_path):
     with pytest.raises(ValueError, match="from 3 to 4 .* deterministic"):
         ddpo.train(ddpo.Config(model=flow_folder, out=str(tmp_path / "runs"), window="0:1",
-                               window_shift="1/1", epochs=1, **SMALL))
+                               window_shift="1/1", epochs=1, sampler="ddim", **SMALL))
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_defaults_are_the_sampler_of_the_paper():
-    config = ddpo.check(ddpo.Config(device="cpu"))
+@pytest.mark.parametrize("sampler, eta, chosen", [
+    ("", -1.0, ("flow", 0.7)), ("", 0.3, ("flow", 0.3)), ("ddim", -1.0, ("ddim", 1.0))])
+def test_a_model_of_flow_matching_has_its_own_default(flow_folder, tmp_path, sampler, eta, chosen):
+    run = ddpo.prepare(ddpo.Config(model=flow_folder, out=str(tmp_path), sampler=sampler, eta=eta, **SMALL))
+    assert (run.config.sampler, run.config.eta) == chosen
+    _, table = ddim_table(run.pipeline.scheduler, SMALL["steps"], chosen[1], chosen[0])
+    torch.testing.assert_close(epoch_table(run.config, run.pipeline, 1)[0], table)
+
+
+def test_the_defaults_are_the_sampler_of_the_paper(tmp_path):
+    config = ddpo.prepare(ddpo.Config(out=str(tmp_path), **SMALL)).config
     assert (config.sampler, config.eta, config.window, config.window_shift) == ("ddim", 1.0, "", "")
+
+
+def test_noise_that_the_default_sampler_cannot_have_is_one_line_before_a_folder_is_made(tmp_path):
+    with pytest.raises(ValueError, match="--eta 1.5: must be .* at most 1 with --sampler ddim"):
+        ddpo.train(ddpo.Config(out=str(tmp_path / "runs"), eta=1.5, **SMALL))
+    assert not (tmp_path / "runs").exists()
