@@ -164,14 +164,16 @@ def measured(runs, path, out, measure_run):
     return seen
 
 
-def measure_recognition(runs, path, out):
-    """{run: share of 180 evaluation_pictures (four of each animal) that the independent classifier
-    recognises, "before" and "kept"}, see `measured`."""
-    before = {}  # runs have the same base model
+def recognition(config, weights):
+    """The share of 180 evaluation_pictures (four of each animal) that the independent classifier
+    recognises."""
+    images, chosen = evaluation_pictures(config, weights, load_prompts(config.prompts), count=180)
+    return recognised(images, chosen).mean().item()
 
-    def share(config, weights):
-        images, chosen = evaluation_pictures(config, weights, load_prompts(config.prompts), count=180)
-        return recognised(images, chosen).mean().item()
+
+def measure_recognition(runs, path, out):
+    """{run: its `recognition`, "before" and "kept"}, see `measured`."""
+    before = {}  # runs have the same base model
 
     def before_and_kept(config, folder):
         pairs = any(" with " in prompt for prompt in load_prompts(config.prompts))
@@ -180,8 +182,8 @@ def measure_recognition(runs, path, out):
         sampled = (config.model, config.prompts, config.steps, config.guidance_scale,
                    config.sampler, config.eta, config.window)
         if sampled not in before:
-            before[sampled] = share(config, None)
-        return {"before": before[sampled], "kept": share(config, folder)}
+            before[sampled] = recognition(config, None)
+        return {"before": before[sampled], "kept": recognition(config, folder)}
 
     return measured(runs, path, out, before_and_kept)
 
@@ -383,6 +385,11 @@ def draw_overoptimisation(runs, results, out):
     figure, axes = plots(len(titles) + 1, width=3.6)
     trade_off = axes[-1]
     rows, numbers = [], {}
+    ends_of = {"guard": lambda folder: folder, "end": last_weights}
+    seen = measured(runs, results / "logs" / "overoptimised.json", out, lambda config, folder: {
+        when: recognition(config, weights(folder)) for when, weights in ends_of.items()
+        if when == "end" or "-none-" in folder.name
+    })
 
     def with_size(row):  # a mixture's reward is not the size, then eval_compress is
         return row | {"eval_size": abs(row.get("eval_compress", row["eval_reward"]))}
@@ -406,8 +413,11 @@ def draw_overoptimisation(runs, results, out):
         for label, last in ends.items():
             values = {key: interval(row[key] for row in last) for key in titles}
             change = f"{values['eval_size'][0] / before - 1:+.0%}"
+            when = "guard" if label == "guard" else "end"
+            shares = [seen[run][when] for run in seen if run.startswith(f"over-{prevention}-")]
+            values |= {"recognised": interval(shares)} if shares else {}
             size, *others = [f"{mean:.2f} ± {half:.2f}" for mean, half in values.values()]
-            rows.append([label, size, change, *others])
+            rows.append([label, size, change, *others] + [""] * (not shares))
             numbers[label] = {
                 key: {"mean": mean, "half_width_95": half} for key, (mean, half) in values.items()
             } | {"seeds": len(last)}
@@ -419,18 +429,18 @@ def draw_overoptimisation(runs, results, out):
     trade_off.set(xlabel="JPEG size (kB)", ylabel="recognised (top-1)")
     trade_off.invert_xaxis()
 
-    measured = results / "logs" / "strength.json"
+    strengths = results / "logs" / "strength.json"
     if (out / "over-none-0" / "unet").exists():
         draw_overoptimised_pictures(results, out)
-        measured.write_text(json.dumps(measure_strengths(out), indent=1) + "\n")
-    if measured.exists():
-        numbers["strength"] = json.loads(measured.read_text())
+        strengths.write_text(json.dumps(measure_strengths(out), indent=1) + "\n")
+    if strengths.exists():
+        numbers["strength"] = json.loads(strengths.read_text())
         points = [(-point["compress"], point["clip_top1"]) for point in numbers["strength"]]
         label = "none, at strength 0.25 to 1 (seed 0)"
         trade_off.plot(*zip(*points), "x--", color="gray", label=label)
     trade_off.legend(fontsize=7)
     save_figure(figure, results / "overoptimisation.png")
-    columns = ["prevention", "kB", "change", "CLIP cosine", "top-1", "diversity"]
+    columns = ["prevention", "kB", "change", "CLIP cosine", "top-1", "diversity", "classifier"]
     return table(columns, rows), numbers
 
 
@@ -491,14 +501,15 @@ def draw_fewer_steps(runs, results, out):
             "change_percent": change, "half_width_95": half, "relative_seconds": share,
             "change_percent_at_equal_time": equal_time, "seeds": len(curves),
         }  # fmt: skip
-    curve_axis.set(title="6 epochs of each, mean of the seeds",
+    epochs = max((log[-1]["epoch"] for logs in logs_of.values() for log in logs), default=0)
+    curve_axis.set(title=f"{epochs} epochs of each, mean of the seeds",
                    xlabel="time (epochs of 10 steps)", ylabel="change of the JPEG size (%)")
-    bar_axis.set(title="after the time of 6 epochs of 10 steps",
+    bar_axis.set(title=f"after the time of {epochs} epochs of 10 steps",
                  xlabel="change of the JPEG size (%), 95 % interval")
     bar_axis.invert_yaxis()
     curve_axis.legend(fontsize=7)
     save_figure(figure, results / "fewer_steps.png")
-    columns = ["variant", "size after 6 epochs", "CLIP cosine", "time of an epoch",
+    columns = ["variant", f"size after {epochs} epochs", "CLIP cosine", "time of an epoch",
                "size after the time of the first row"]
     return table(columns, rows), numbers
 

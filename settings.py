@@ -105,12 +105,12 @@ PAPER = dict(
 # A sixteenth of the paper's work an epoch: groups, 20 steps, half of them trained.
 SMALLER = PAPER | dict(steps=20, images=64, advantages="group", group_size=4, timestep_fraction=0.5,
                        sample_batch=4)
-# The same for larger models; the flow-matching ones with 10 steps, 512 pixels and the sampler of Flow-GRPO.
+# The same for larger models; the flow-matching ones with 10 steps and 512 pixels.
 SDXL = SMALLER | dict(model="stabilityai/stable-diffusion-xl-base-1.0", sample_batch=2, train_batch=2,
                       gradient_checkpointing=True, offload=True)
 SD35 = SMALLER | dict(model="stabilityai/stable-diffusion-3.5-medium", steps=10, resolution=512,
-                      sampler="flow", guidance_scale=4.5, lora_rank=32, train_batch=2,
-                      gradient_checkpointing=True, offload=True)
+                      guidance_scale=4.5, lora_rank=32, train_batch=2, gradient_checkpointing=True,
+                      offload=True)
 FLUX = SD35 | dict(model="black-forest-labs/FLUX.1-dev", guidance_scale=3.5, train_batch=4, offload=False)
 # What a process of each needs of its GPU: `python memory.py`
 PRESETS = {
