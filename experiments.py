@@ -15,10 +15,9 @@ FLAGS = {
 }
 # Learns several times as fast as the first command, which keeps a little more of the pictures. Where
 # variants are compared, or trained past the optimum, speed counts.
-WIDE = "--clip-range 4e-4"
-FAST = f"--images 48 --sample-batch 48 --updates 2 {WIDE}"
+FAST = "--images 48 --sample-batch 48 --updates 2 --clip-range 4e-4"
 ALGORITHMS = {
-    "DDPO-IS": f"ddpo.py {WIDE}",
+    "DDPO-IS": "ddpo.py",
     "DDPO-SF": "ddpo.py --algorithm sf",
     "RWR": "rwr.py",
     "RWR-sparse": "rwr.py --weights sparse",
@@ -27,8 +26,11 @@ ALGORITHMS = {
     "AWM": "forward.py --loss awm",
     "NFT-no-reward": "forward.py --advantages zero",  # its control: nothing moves, so one run shows it
 }
-CLIP_LR = {"ddpo.py": "1.5e-4", "rwr.py": "4e-5", "forward.py": "1e-4"}
-SHORT = "--images 48 --sample-batch 48 --lr 1e-4"  # algorithms on other rewards than clip
+FLAGS_OF = {  # of an algorithm's script, for clip and for the other rewards
+    "ddpo.py": (f"{CLIP} --lr 1.5e-4", "--lr 1e-4 --clip-range 4e-4"),
+    "rwr.py": (f"{CLIP} --lr 4e-5", "--lr 3e-5"),
+    "forward.py": (f"{CLIP} --lr 1e-4", "--lr 1e-4"),
+}
 HELD_OUT = {  # the prompts that a reward is trained on, then others
     "compress": ["animals", "animals_held_out", "objects"],
     "clip": ["pairs", "animal_objects", "animal_objects_held_out"],
@@ -94,8 +96,8 @@ def algorithms(seeds):
                 continue
             if name == "RWR-no-reward" and reward == "incompress":
                 continue  # the same pictures as those of compress
-            script = command.split()[0]
-            flags = f"{CLIP} --lr {CLIP_LR[script]}" if reward == "clip" else SHORT
+            of_clip, of_others = FLAGS_OF[command.split()[0]]
+            flags = of_clip if reward == "clip" else f"--images 48 --sample-batch 48 {of_others}"
             runs[f"{reward}-{name}-{seed}"] = (
                 f"{command} --reward {reward} --seed {seed} {flags} "
                 "--epochs 5 --warmup 0 --guard 0 --ema 0 --eval-every 5"

@@ -293,7 +293,7 @@ def draw_algorithms(runs, results, out):
     figure, axes = plots(len(rewards))
     rows, numbers = [], {}
     for axis, reward in zip(axes, rewards):
-        for algorithm in ALGORITHMS:
+        for number, algorithm in enumerate(ALGORITHMS):
             logs = seeds_of(runs, f"{reward}-{algorithm}")
             if not logs:
                 continue
@@ -301,7 +301,7 @@ def draw_algorithms(runs, results, out):
                 [(row["images"], row["reward_mean"]) for row in log if "reward_mean" in row]
                 for log in logs
             ]
-            band(axis, curves, algorithm)
+            band(axis, curves, algorithm, color=f"C{number}")  # the same in each panel
             ends = [(evaluations(log)[0], evaluations(log)[-1]) for log in logs]
             first = ends[0][0]
             before = first["eval_reward"]
@@ -320,7 +320,9 @@ def draw_algorithms(runs, results, out):
             after = f"{after:.3f}" + f" ± {half:.3f}" * several
             rows.append([reward, algorithm, f"{before:.3f}", after, change, recognised])
         axis.set(title=reward, xlabel="pictures sampled", ylabel="reward of the sampled pictures")
-    axes[len(rewards) - 1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    lines = {line.get_label(): line for axis in axes for line in axis.get_legend_handles_labels()[0]}
+    axes[len(rewards) - 1].legend(handles=list(lines.values()), fontsize=8, loc="center left",
+                                  bbox_to_anchor=(1.02, 0.5))
     save_figure(figure, results / "algorithms.png")
     return table(["reward", "algorithm", "before", "after", "change", "top-1"], rows), numbers
 
