@@ -300,9 +300,8 @@ def test_the_divergence_joins_the_fused_kernels_gradient(epsilon_model, tmp_path
 
 def test_outside_the_window_steps_are_deterministic_and_are_no_actions(epsilon_model, tmp_path):
     settings = SMALL | dict(steps=10, window="2:5")
-    config = ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **settings))
-    assert step_etas(config.steps, config.eta, config.window).tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
-    run = start(config)
+    run = start(ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **settings)))
+    assert step_etas(10, run.config.eta, run.config.window).tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
     table, policy_steps, trained_steps, _ = ddpo.epoch_steps(run, 1)
     assert policy_steps.tolist() == [2, 3] and trained_steps == 2
     _, stochastic = ddim_table(run.pipeline.scheduler, 10, 1.0)
