@@ -15,7 +15,8 @@ FLAGS = {
 }
 # Learns several times as fast as the first command, which keeps a little more of the pictures. Where
 # variants are compared, or trained past the optimum, speed counts.
-FAST = "--images 48 --sample-batch 48 --updates 2 --clip-range 4e-4"
+FEW, WIDE = "--images 48 --sample-batch 48", "--clip-range 4e-4"
+FAST = f"{FEW} --updates 2 {WIDE}"
 ALGORITHMS = {
     "DDPO-IS": "ddpo.py",
     "DDPO-SF": "ddpo.py --algorithm sf",
@@ -27,9 +28,9 @@ ALGORITHMS = {
     "NFT-no-reward": "forward.py --advantages zero",  # its control: nothing moves, so one run shows it
 }
 FLAGS_OF = {  # of an algorithm's script, for clip and for the other rewards
-    "ddpo.py": (f"{CLIP} --lr 1.5e-4", "--lr 1e-4 --clip-range 4e-4"),
-    "rwr.py": (f"{CLIP} --lr 4e-5", "--lr 3e-5"),
-    "forward.py": (f"{CLIP} --lr 1e-4", "--lr 1e-4"),
+    "ddpo.py": (f"{CLIP} --lr 1.5e-4", f"{FEW} --lr 1e-4 {WIDE}"),
+    "rwr.py": (f"{CLIP} --lr 4e-5", f"{FEW} --lr 3e-5"),
+    "forward.py": (f"{CLIP} --lr 1e-4", f"{FEW} --lr 1e-4"),
 }
 HELD_OUT = {  # the prompts that a reward is trained on, then others
     "compress": ["animals", "animals_held_out", "objects"],
@@ -97,7 +98,7 @@ def algorithms(seeds):
             if name == "RWR-no-reward" and reward == "incompress":
                 continue  # the same pictures as those of compress
             of_clip, of_others = FLAGS_OF[command.split()[0]]
-            flags = of_clip if reward == "clip" else f"--images 48 --sample-batch 48 {of_others}"
+            flags = of_clip if reward == "clip" else of_others
             runs[f"{reward}-{name}-{seed}"] = (
                 f"{command} --reward {reward} --seed {seed} {flags} "
                 "--epochs 5 --warmup 0 --guard 0 --ema 0 --eval-every 5"

@@ -387,11 +387,14 @@ def draw_overoptimisation(runs, results, out):
     figure, axes = plots(len(titles) + 1, width=3.6)
     trade_off = axes[-1]
     rows, numbers = [], {}
-    ends_of = {"guard": lambda folder: folder, "end": last_weights}
-    seen = measured(runs, results / "logs" / "overoptimised.json", out, lambda config, folder: {
-        when: recognition(config, weights(folder)) for when, weights in ends_of.items()
-        if when == "end" or "-none-" in folder.name
-    })
+
+    def shares_of(config, folder):
+        shares = {"end": recognition(config, last_weights(folder))}
+        if "-none-" in folder.name:
+            shares["guard"] = recognition(config, folder)
+        return shares
+
+    seen = measured(runs, results / "logs" / "overoptimised.json", out, shares_of)
 
     def with_size(row):  # a mixture's reward is not the size, then eval_compress is
         return row | {"eval_size": abs(row.get("eval_compress", row["eval_reward"]))}
