@@ -265,6 +265,11 @@ def try_out(pipeline, model, dtype):
                          "another model")
 
 
+def is_flow(scheduler):
+    """Whether a model with this scheduler is one of flow matching."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
 def ddim_scheduler(scheduler):
     """The scheduler that we sample with: a flow-matching one as it is, otherwise DDIM with the same
     noise schedule. Settings keep the values that the given scheduler runs with, also those that its
@@ -274,7 +279,7 @@ def ddim_scheduler(scheduler):
     steps would be others, or not affine.
     """
     config, name = dict(scheduler.config), type(scheduler).__name__
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if is_flow(scheduler):
         for option in ("stochastic_sampling", "invert_sigmas"):
             if config.get(option):
                 raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that "
@@ -436,8 +441,7 @@ def encode_prompts(pipeline, prompts, cache=None):
     them by prompt.
 
     Each different prompt is encoded once and alone, so that its embedding does not depend on its
-    company. The text
-    encoders work wherever they are: they may stay on the CPU.
+    company. The text encoders work wherever they are: they may stay on the CPU.
     """
     cache = {} if cache is None else cache
     device = denoiser(pipeline).device

@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import (DTYPES, autocast, condition, ddim_scheduler, decode, default_device, denoiser,
-                    encode_prompts, first_line, is_emoji, latents_shape, load_pipeline, load_tuned,
-                    predict, schedule_inputs)  # first: it quiets the libraries
+                    encode_prompts, first_line, is_emoji, is_flow, latents_shape, load_pipeline,
+                    load_tuned, predict, schedule_inputs)  # first: it quiets the libraries
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from kernels.ddim_step import fused_ddim_step
@@ -58,7 +57,7 @@ def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
     total = scheduler.config.num_train_timesteps
     if not 1 <= num_steps <= total:
         raise ValueError(f"--steps {num_steps}: the schedule has {total}; choose 1 to {total}")
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if is_flow(scheduler):
         if scheduler.config.use_dynamic_shifting and mu is None:
             raise ValueError("scheduler: use_dynamic_shifting needs the shift mu of the picture's size, "
                              "which this model does not tell; set it to false in "
@@ -160,9 +159,7 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
 
     # x̂_0 and ε̂, each as (factor of x, factor of the network's output)
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        kind = "flow"
+    kind = "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
     if kind == "epsilon":
         clean, noise = (1 / alpha, -s / alpha), (zero, one)
     elif kind == "v_prediction":

@@ -17,7 +17,6 @@ import contextlib
 import copy
 import functools
 import json
-import math
 import os
 import shutil
 import sys
@@ -32,16 +31,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from memory import estimate
-from models import (blocks, condition, denoiser, main_tokenizer, make_trainable, passes,
-                    schedule_inputs, text_encoders)
+from models import (DTYPES, blocks, condition, decode, denoiser, is_flow, latents_shape, load_pipeline,
+                    main_tokenizer, make_trainable, passes, predict, schedule_inputs, text_encoders)
 from processes import RunStopped, gather, seeded, sum_gradients
 from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards,
                         read_metrics, release, reserved, row_line, save_checkpoint, save_picture,
                         save_weights, sync, write_whole)
-from sample import (DTYPES, FlowMatchEulerDiscreteScheduler, GraphedStep, Trajectories, ddim_table,
-                    decode, latents_shape, load_pipeline, predict, sample_trajectories, step_etas,
+from resume import check_checkpoint, restore
+from sample import (GraphedStep, Trajectories, ddim_table, sample_trajectories, step_etas,
                     window_places)
 from settings import set_sampler, watched
 
@@ -139,14 +138,8 @@ def set_up(config, folder, resume, reference):
     if device.type == "cuda" and rank == 0:
         print(estimate(config, world, pipeline), flush=True)
     network = denoiser(pipeline)
-    set_sampler(config, isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler))
-    timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler,
-                                  **schedule_inputs(pipeline, config.steps))
-    for first, end in window_places(config.steps, config.window, config.window_shift):
-        if config.eta and not (table[first:end, 2] > 0).any():
-            within = "of the window " if config.window else ""
-            raise ValueError(f"--steps {config.steps}: every step {within}from {first} to {end} of "
-                             "this scheduler is deterministic; choose more steps, or another --window")
+    set_sampler(config, is_flow(pipeline.scheduler))
+    timesteps = check_steps(config, pipeline)
     if config.offload:  # the text encoders work there; the VAE comes to the device for each batch
         for module in (*text_encoders(pipeline), pipeline.vae):
             module.to("cpu")
@@ -161,19 +154,7 @@ def set_up(config, folder, resume, reference):
         reward(picture, prompts[:1] * 2)
     parameters = make_trainable(network, config)
     if config.compile:
-        from torch._dynamo import config as dynamo  # slow to import, so only here
-
-        # torch counts the compilations of a function, which all blocks of a kind share, and runs
-        # the blocks past its limit in eager mode
-        dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1024, 65536
-        # a GPU has it so already; on a CPU it only pays when operations are fused
-        network.to(memory_format=torch.channels_last)
-        # Block by block: compiled as a whole (torch 2.13, CPU), all gradients below the first
-        # upsampling are wrong, without a word. With eager mode's rounding: else sampling and training,
-        # which are two graphs, round differently in bf16, and the ratio does not start at 1. In
-        # place, so that weights keep their names; anew for each batch size, of which there are few.
-        for block in blocks(network):
-            block.compile(dynamic=False, options={"emulate_precision_casts": True})
+        compile_blocks(network)
 
     run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline,
               timesteps.to(device), parameters, make_optimizer(parameters, config),
@@ -212,6 +193,34 @@ def set_up(config, folder, resume, reference):
     return run
 
 
+def check_steps(config, pipeline):
+    """The sampler's timesteps, (T,). Raises ValueError where no step would be an action."""
+    timesteps, table = ddim_table(pipeline.scheduler, config.steps, config.eta, config.sampler,
+                                  **schedule_inputs(pipeline, config.steps))
+    for first, end in window_places(config.steps, config.window, config.window_shift):
+        if config.eta and not (table[first:end, 2] > 0).any():
+            within = "of the window " if config.window else ""
+            raise ValueError(f"--steps {config.steps}: every step {within}from {first} to {end} of "
+                             "this scheduler is deterministic; choose more steps, or another --window")
+    return timesteps
+
+
+def compile_blocks(network):
+    """--compile. Block by block: compiled as a whole (torch 2.13, CPU), all gradients below the first
+    upsampling are wrong, without a word. In place, so that weights keep their names."""
+    from torch._dynamo import config as dynamo  # slow to import, so only here
+
+    # torch counts the compilations of a function, which all blocks of a kind share, and runs the blocks
+    # past its limit in eager mode
+    dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1024, 65536
+    # a GPU has it so already; on a CPU it only pays when operations are fused
+    network.to(memory_format=torch.channels_last)
+    # With eager mode's rounding: else sampling and training, which are two graphs, round differently
+    # in bf16, and the ratio does not start at 1. Anew for each batch size, of which there are few.
+    for block in blocks(network):
+        block.compile(dynamic=False, options={"emulate_precision_casts": True})
+
+
 def epoch_table(config, pipeline, epoch):
     """(table (T, 4) of an epoch's sampling, which of its T steps are actions that may be trained).
 
@@ -220,108 +229,6 @@ def epoch_table(config, pipeline, epoch):
     _, table = ddim_table(pipeline.scheduler, config.steps, eta, config.sampler,
                           **schedule_inputs(pipeline, config.steps))
     return table, (table[:, 2] > 0).nonzero().flatten()
-
-
-def check_checkpoint(saved, run):
-    """Raises ValueError, one line, unless a checkpoint is one of such a run: as many tensors, each of
-    the same shape and dtype, all finite. torch would broadcast, or leave some out, without a word."""
-    config, count = asdict(run.config), len(run.parameters)
-
-    def refuse(problem):
-        raise ValueError(f"{run.folder / 'checkpoint'}: {problem}; go on with the script and the "
-                         "settings that wrote it, or begin anew with another --name")
-
-    def kind(value):
-        if isinstance(value, torch.Tensor):
-            return f"{tuple(value.shape)} {value.dtype}"
-        return type(value).__name__
-
-    def check_tensors(name, tensors):
-        if not isinstance(tensors, list):
-            refuse(f"{name}: {kind(tensors)} instead of a list")
-        if len(tensors) != count:
-            refuse(f"{name}: {len(tensors)} instead of {count} tensors")
-        for i, (tensor, p) in enumerate(zip(tensors, run.parameters)):
-            if kind(tensor) != kind(p.data):
-                refuse(f"{name}: tensor {i} is {kind(tensor)} instead of {kind(p.data)}")
-            if not tensor.isfinite().all():
-                refuse(f"{name}: tensor {i} is not finite")
-
-    keys = {"epoch", "config", "parameters", "ema", "optimizer", "scaler"}
-    if not isinstance(saved, dict) or not keys <= saved.keys():
-        refuse("of another version of this code: it lacks "
-               + ", ".join(sorted(keys - saved.keys() if isinstance(saved, dict) else keys)))
-    if type(saved["epoch"]) is not int or saved["epoch"] < 0:
-        refuse(f"its epoch is {saved['epoch']!r}")
-    theirs = saved["config"] if isinstance(saved["config"], dict) else {}
-    if differ := theirs.keys() ^ config.keys():
-        refuse("of another script or another version of this code, which differ in the settings "
-               + ", ".join(sorted(map(str, differ))[:4]))
-    check_tensors("parameters", saved["parameters"])
-    if (saved["ema"] is None) != (run.ema is None):
-        refuse(f"--ema is {run.config.ema:g}, and it has {kind(saved['ema'])} for averaged weights")
-    if run.ema:
-        check_tensors("ema", saved["ema"])
-    for name in saved.keys() - keys:  # what the loop has given
-        if isinstance(saved[name], list):
-            check_tensors(name, saved[name])
-    try:
-        moments = saved["optimizer"]["state"]
-        if moments.keys() not in (set(), set(range(count))):  # none: fp16 has skipped every update
-            refuse(f"optimizer: of {len(moments)} instead of {count} tensors")
-        if isinstance(run.optimizer, torch.optim.AdamW) and moments:
-            for name in ("exp_avg", "exp_avg_sq"):
-                check_tensors(f"optimizer: {name}", [moments[i][name] for i in range(count)])
-        for i, values in moments.items():
-            if not all(torch.as_tensor(value).isfinite().all() for value in values.values()):
-                refuse(f"optimizer: the state of tensor {i} is not finite")
-        scaler = saved["scaler"]
-        finite = all(map(math.isfinite, scaler.values()))
-        if scaler.keys() != run.scaler.state_dict().keys() or not finite:
-            refuse(f"scaler: not one of --dtype {run.config.dtype}")
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        refuse(f"optimizer or scaler: damaged ({type(error).__name__})")
-
-
-def restore(run, saved, rows):
-    """Go on from a checkpoint. rows: of metrics.jsonl, of which some may be later."""
-    check_rows(run, saved["epoch"], rows)
-    run.epoch = saved.pop("epoch")
-    run.updates = run.epoch * run.config.updates * run.config.inner_epochs
-    run.rows, run.later_rows = rows[:run.epoch + 1], rows[run.epoch + 1:]
-    with torch.no_grad():
-        for p, value in zip(run.parameters, saved.pop("parameters"), strict=True):
-            p.copy_(value)
-        for p, value in zip(run.ema or [], saved.pop("ema") or [], strict=True):
-            p.copy_(value)
-    # the settings of the optimizer are those of config.json, so that they have one source
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict(saved.pop("optimizer") | {"param_groups": groups})
-    run.scaler.load_state_dict(saved.pop("scaler"))
-    was, run.saved = saved.pop("config"), saved
-    changed = [f"{key} {was[key]!r} -> {value!r}" for key, value in asdict(run.config).items()
-               if value != was[key] and key not in ("name", "out", "device", "epochs", "patience")]
-    if changed and run.rank == 0:
-        print(f"{run.folder}: config.json was changed since the checkpoint: {', '.join(changed)}",
-              file=sys.stderr)
-
-
-def check_rows(run, epoch, rows):
-    """Raises ValueError unless metrics.jsonl has all that the guard and the curves read."""
-    path, rows = run.folder / "metrics.jsonl", rows[:epoch + 1]
-    if [row["epoch"] for row in rows] != list(range(epoch + 1)):
-        raise ValueError(f"{path} lacks rows before epoch {epoch}, which the checkpoint is of; mend "
-                         "that file, or begin anew with another --name")
-    evaluated = ["eval_reward", *(key for key in rows[0] if key.startswith("eval_"))]
-    for row in rows:
-        needed = ["images"] if row["epoch"] else ["images", "eval_reward"]
-        if "eval_reward" in row:
-            needed += [key for key in evaluated if row is rows[0] or not key.endswith("_std")]
-        bad = [key for key in needed if row.get(key) is None]
-        bad += [key for key, value in row.items() if not isinstance(value, (int, float, type(None)))]
-        if bad:
-            raise ValueError(f"{path}: the row of epoch {row['epoch']} lacks numbers "
-                             f"({', '.join(bad[:4])}); mend it, or begin anew with another --name")
 
 
 def write_rows(run):

@@ -36,6 +36,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # of the scripts
 
+from sample import load_pipeline  # first: it quiets the libraries
+
 from emoji import scenes
 from emoji.classifiers import recognised
 from emoji.clip import build_tokenizer, fake, train_clip
@@ -44,7 +46,6 @@ from emoji.trainer import draw, to_pixels
 from emoji.variants import export_variant, flow_scheduler, report_flow, train_cards, train_flow
 from rewards import clip_top1, jpeg_kilobytes
 from run_folder import picture_grid
-from sample import load_pipeline
 from settings import add_flags
 
 
