@@ -10,6 +10,40 @@ from dataclasses import asdict
 
 import torch
 
+from run_folder import load_checkpoint, read_metrics
+
+
+def restore(run):
+    """Go on from the newest checkpoint of the run's folder, or begin again where there is none. Rows of
+    metrics.jsonl that are later than it will be written anew. Raises ValueError, one line."""
+    folder = run.folder
+    rows, saved = read_metrics(folder / "metrics.jsonl"), load_checkpoint(folder / "checkpoint")
+    if saved is None:
+        run.later_rows = rows
+        if run.rank == 0:
+            print(f"{folder}: no checkpoint yet; it begins again", file=sys.stderr)
+        return
+    check_checkpoint(saved, run)
+    check_rows(run, saved["epoch"], rows)
+    run.epoch = saved.pop("epoch")
+    run.updates = run.epoch * run.config.updates * run.config.inner_epochs
+    run.rows, run.later_rows = rows[:run.epoch + 1], rows[run.epoch + 1:]
+    with torch.no_grad():
+        for p, value in zip(run.parameters, saved.pop("parameters"), strict=True):
+            p.copy_(value)
+        for p, value in zip(run.ema or [], saved.pop("ema") or [], strict=True):
+            p.copy_(value)
+    # the settings of the optimizer are those of config.json, so that they have one source
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict(saved.pop("optimizer") | {"param_groups": groups})
+    run.scaler.load_state_dict(saved.pop("scaler"))
+    was, run.saved = saved.pop("config"), saved
+    changed = [f"{key} {was[key]!r} -> {value!r}" for key, value in asdict(run.config).items()
+               if value != was[key] and key not in ("name", "out", "device", "epochs", "patience")]
+    if changed and run.rank == 0:
+        print(f"{folder}: config.json was changed since the checkpoint: {', '.join(changed)}",
+              file=sys.stderr)
+
 
 def check_checkpoint(saved, run):
     """Raises ValueError, one line, unless a checkpoint is one of such a run: as many tensors, each of
@@ -70,29 +104,6 @@ def check_checkpoint(saved, run):
             refuse(f"scaler: not one of --dtype {run.config.dtype}")
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         refuse(f"optimizer or scaler: damaged ({type(error).__name__})")
-
-
-def restore(run, saved, rows):
-    """Go on from a checkpoint. rows: of metrics.jsonl, of which some may be later."""
-    check_rows(run, saved["epoch"], rows)
-    run.epoch = saved.pop("epoch")
-    run.updates = run.epoch * run.config.updates * run.config.inner_epochs
-    run.rows, run.later_rows = rows[:run.epoch + 1], rows[run.epoch + 1:]
-    with torch.no_grad():
-        for p, value in zip(run.parameters, saved.pop("parameters"), strict=True):
-            p.copy_(value)
-        for p, value in zip(run.ema or [], saved.pop("ema") or [], strict=True):
-            p.copy_(value)
-    # the settings of the optimizer are those of config.json, so that they have one source
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict(saved.pop("optimizer") | {"param_groups": groups})
-    run.scaler.load_state_dict(saved.pop("scaler"))
-    was, run.saved = saved.pop("config"), saved
-    changed = [f"{key} {was[key]!r} -> {value!r}" for key, value in asdict(run.config).items()
-               if value != was[key] and key not in ("name", "out", "device", "epochs", "patience")]
-    if changed and run.rank == 0:
-        print(f"{run.folder}: config.json was changed since the checkpoint: {', '.join(changed)}",
-              file=sys.stderr)
 
 
 def check_rows(run, epoch, rows):

@@ -25,9 +25,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import (DTYPES, autocast, condition, ddim_scheduler, decode, default_device, denoiser,
-                    encode_prompts, first_line, is_emoji, is_flow, latents_shape, load_pipeline,
-                    load_tuned, predict, schedule_inputs)  # first: it quiets the libraries
+from models import (DTYPES, condition, ddim_scheduler, decode, denoiser, encode_prompts, is_emoji,
+                    is_flow, latents_shape, load_pipeline, predict,
+                    schedule_inputs)  # first: it quiets the libraries
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -159,7 +159,7 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
 
     # x̂_0 and ε̂, each as (factor of x, factor of the network's output)
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-    kind = "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+    kind = prediction_kind(scheduler)
     if kind == "epsilon":
         clean, noise = (1 / alpha, -s / alpha), (zero, one)
     elif kind == "v_prediction":
@@ -177,6 +177,11 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
         raise ValueError(f"scheduler: with prediction_type {kind!r} its schedule ends in pure noise, where "
                          "x_0 cannot be told; such a schedule (rescale_betas_zero_snr) needs v_prediction")
     return timesteps, table
+
+
+def prediction_kind(scheduler):
+    """What the network predicts: flow, or the prediction_type of the other schedulers."""
+    return "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
 
 
 def step_weights(table, policy_steps, kind):
@@ -216,21 +221,20 @@ def ddim_step(output, latents, coefficients, next_latents=None, generator=None, 
 
 def signal_and_noise(scheduler, timesteps):
     """(α, s), each (B, 1, 1, 1), of x_t = α x_0 + s ε: √ᾱ and √(1−ᾱ), or 1 − t and t of flow models."""
-    if hasattr(scheduler, "alphas_cumprod"):
-        alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    sigma = timesteps.view(-1, 1, 1, 1) / scheduler.config.num_train_timesteps  # shifted as in sampling
-    return 1 - sigma, sigma
+    if is_flow(scheduler):
+        sigma = timesteps.view(-1, 1, 1, 1) / scheduler.config.num_train_timesteps  # shifted as in sampling
+        return 1 - sigma, sigma
+    alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 def noised(scheduler, clean, noise, timesteps):
     """(x_t, the network's target, |∂x̂_0 / ∂output| (B,)). clean: x_0, (B, C, H, W); timesteps: (B,)."""
     signal, sigma = signal_and_noise(scheduler, timesteps)
-    kind = scheduler.config.get("prediction_type", "flow")  # flow-matching schedulers know no other
     target, slope = {"epsilon": (noise, sigma / signal),
-                     "v": (signal * noise - sigma * clean, sigma),
+                     "v_prediction": (signal * noise - sigma * clean, sigma),
                      "sample": (clean, torch.ones_like(sigma)),
-                     "flow": (noise - clean, sigma / (signal + sigma))}[kind.removesuffix("_prediction")]
+                     "flow": (noise - clean, sigma / (signal + sigma))}[prediction_kind(scheduler)]
     return signal * clean + sigma * noise, target, slope.flatten()
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 import kernels
+from models import DTYPES, default_device, is_emoji
 from rewards import parse_reward
 from run_folder import read_config
-from sample import DTYPES, ETAS, MAX_ETAS, default_device, is_emoji
+from sample import ETAS, MAX_ETAS
 
 
 @dataclass

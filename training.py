@@ -36,10 +36,9 @@ from models import (DTYPES, blocks, condition, decode, denoiser, is_flow, latent
 from processes import RunStopped, gather, seeded, sum_gradients
 from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
-from run_folder import (append, load_checkpoint, open_tracker, picture_grid, plot_rewards,
-                        read_metrics, release, reserved, row_line, save_checkpoint, save_picture,
-                        save_weights, sync, write_whole)
-from resume import check_checkpoint, restore
+from run_folder import (append, open_tracker, picture_grid, plot_rewards, release, reserved, row_line,
+                        save_checkpoint, save_picture, save_weights, sync, write_whole)
+from resume import restore
 from sample import (GraphedStep, Trajectories, ddim_table, sample_trajectories, step_etas,
                     window_places)
 from settings import set_sampler, watched
@@ -164,15 +163,7 @@ def set_up(config, folder, resume, reference):
     if config.ema:
         run.ema = [p.detach().clone() for p in parameters]
     if resume:
-        rows, saved = read_metrics(folder / "metrics.jsonl"), load_checkpoint(folder / "checkpoint")
-        if saved is None:
-            run.later_rows = rows
-            if rank == 0:
-                print(f"{folder}: no checkpoint yet; it begins again", file=sys.stderr)
-        else:
-            check_checkpoint(saved, run)
-            restore(run, saved, rows)
-        del saved
+        restore(run)
     run.step = GraphedStep() if config.cuda_graph else None
     # Rewards are computed while the next pictures are sampled. Not on a CPU: a second thread that
     # calls torch makes every operation of the first slower (libgomp does not spin between them any

@@ -15,7 +15,7 @@ from stable_diffusion import save_pipeline
 import forward
 from forward import Config, awm_loss, matching_error, nft_loss, old_decay, optimality
 from run_folder import load_checkpoint, read_metrics
-from sample import load_pipeline, noised
+from sample import ddim_table, load_pipeline, noised
 
 ROOT = Path(__file__).parents[1]
 KINDS = ["epsilon", "v_prediction", "sample", "flow"]
@@ -154,6 +154,17 @@ def test_noised_pictures_and_targets_are_those_of_diffusers(kind):
     noisy, target, slope = noised(scheduler, clean, noise, timesteps)
     torch.testing.assert_close((noisy, target), expected)
     assert slope.shape == (3,) and (slope > 0).all()
+
+
+def test_a_flow_matching_model_is_one_whatever_else_its_configuration_says():
+    """Some files name a prediction_type, too, which such a scheduler ignores."""
+    scheduler = scheduler_of("flow")
+    odd = type(scheduler).from_config(dict(scheduler.config) | {"prediction_type": "epsilon"})
+    clean, noise = draw(2, 3, 4, 8, 8).float()
+    timesteps = scheduler.timesteps[[5, 300, 999]]
+    expected = noised(scheduler, clean, noise, timesteps)
+    torch.testing.assert_close(noised(odd, clean, noise, timesteps), expected)
+    torch.testing.assert_close(ddim_table(odd, 10)[1], ddim_table(scheduler, 10)[1])
 
 
 def test_the_old_weights_follow_as_published():
