@@ -32,7 +32,8 @@ import settings
 from ddpo import batch_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from models import denoiser, is_emoji
+from loading import is_emoji
+from models import denoiser
 from processes import command_line, gather, reduce, seeded
 from sample import noised, predict
 from settings import Settings, above_zero, at_least, check_choices, refuse

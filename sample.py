@@ -25,9 +25,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import (DTYPES, condition, ddim_scheduler, decode, denoiser, encode_prompts, is_emoji,
-                    is_flow, latents_shape, load_pipeline, predict,
-                    schedule_inputs)  # first: it quiets the libraries
+from models import (DTYPES, condition, ddim_scheduler, decode, denoiser, encode_prompts, is_flow,
+                    latents_shape, predict, schedule_inputs)  # first: it quiets the libraries
+from loading import is_emoji, load_pipeline
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor

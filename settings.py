@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 import kernels
-from models import DTYPES, default_device, is_emoji
+from loading import default_device, is_emoji
+from models import DTYPES
 from rewards import parse_reward
 from run_folder import read_config
 from sample import ETAS, MAX_ETAS

@@ -30,9 +30,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from loading import load_pipeline
 from memory import estimate
-from models import (DTYPES, blocks, condition, decode, denoiser, is_flow, latents_shape, load_pipeline,
-                    main_tokenizer, make_trainable, passes, predict, schedule_inputs, text_encoders)
+from models import (DTYPES, blocks, condition, decode, denoiser, is_flow, latents_shape, main_tokenizer,
+                    make_trainable, passes, predict, schedule_inputs, text_encoders)
 from processes import RunStopped, gather, seeded, sum_gradients
 from prompts import cut_notice, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward

@@ -8,8 +8,9 @@ import ddpo
 import memory
 from ddpo import parse_config
 from families import save_family
+from loading import load_pipeline
 from memory import NETWORKS, peak_memory
-from models import condition, denoiser, load_pipeline, predict
+from models import condition, denoiser, predict
 
 
 @pytest.mark.parametrize("model, published", [

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import ddpo
 from ddpo import Config, PRESETS, kl_loss, parse_config, reference_output, step_weights
-from models import is_emoji, latents_shape
+from loading import is_emoji
+from models import latents_shape
 from run_folder import read_metrics, save_weights
 from sample import ddim_table, encode_prompts, load_pipeline, predict, step_etas
 from stable_diffusion import ROOT, save_pipeline

@@ -1,0 +1,252 @@
+"""Loading a model, and what was trained of it, from a folder in diffusers' layout or a hub id.
+
+Nothing in a folder runs: it names its classes, and only those of the families in models.py are
+taken. What is missing, does not fit together or would be ignored in silence is refused in one line.
+"""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+from models import (condition, ddim_scheduler, denoiser, first_line, kind_of, latents_shape,
+                    network_channels, network_name, predict, set_resolution,
+                    text_encoders)  # first: it quiets the libraries
+
+import diffusers
+import torch
+import transformers
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+
+NETWORKS = {
+    "StableDiffusionPipeline": UNet2DConditionModel, "StableDiffusionXLPipeline": UNet2DConditionModel,
+    "StableDiffusion3Pipeline": SD3Transformer2DModel, "FluxPipeline": FluxTransformer2DModel}
+CLASSES = {  # that a folder may name for a component: nothing in these runs code from the folder
+    "vae": "AutoencoderKL|AutoencoderTiny", "scheduler": r"\w+Scheduler",
+    "tokenizer": "(CLIP|T5)Tokenizer(Fast)?",
+    "text_encoder": "CLIPTextModel|CLIPTextModelWithProjection|T5EncoderModel",
+    "unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel|FluxTransformer2DModel"}
+OPTIONAL = {"text_encoder_3", "tokenizer_3"}  # SD3's T5: without it CLIP alone reads the prompts
+UNUSED = {"safety_checker", "feature_extractor", "image_encoder"}  # not loaded
+FURTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "encoder_hid_dim",
+                  "encoder_hid_dim_type")  # of UNets: distilled guidance, class labels, image prompts
+
+
+def default_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def locate(model):
+    """The folder of a model: as given, or below this file (models/emoji from anywhere); or the hub
+    id as it is."""
+    return str(model) if Path(model).exists() or not (HERE / model).exists() else str(HERE / model)
+
+
+def is_emoji(model):
+    """Whether it is one of the shipped models, however its path is written; a user's own folder of
+    that name is not."""
+    shipped = [(HERE / "models" / name).resolve() for name in ("emoji", "emoji-flow")]
+    return Path(locate(model)).resolve() in shipped
+
+
+def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora_scale=1.0,
+                  resolution=0):
+    """A diffusers pipeline of one of the families in models.py, with the scheduler that this project
+    samples with.
+
+    model: a folder in diffusers' layout, or a hub id.
+    dtype: of the network and the text encoders; the VAE stays in float32: SDXL's overflows in
+    float16, and bfloat16 cannot tell 256 levels apart.
+    lora: a run's folder: its adapter (pytorch_lora_weights.safetensors), or its whole fine-tuned
+    unet/ or transformer/.
+    lora_scale: the strength of what was trained: 0 (the base model) to 1 (as trained).
+    resolution: pixels of a side; 0: what the model was trained on.
+    Raises ValueError, one line, if something is missing, does not fit together, or is of another
+    family.
+    """
+    try:
+        device, dtype = torch.device(device or default_device()), dtype or torch.float32
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: cannot be used here ({first_line(error)}); choose cpu, "
+                         "or cuda where there is a GPU") from error
+    source = locate(model)
+    if Path(source).exists() and not (Path(source) / "model_index.json").exists():
+        raise ValueError(f"--model {model}: no model_index.json in it; give a folder in diffusers' "
+                         "layout, or a hub id")
+    default = torch.get_default_dtype()
+    try:
+        if not Path(source).exists():
+            source = diffusers.DiffusionPipeline.download(source, **dict.fromkeys(UNUSED))
+        pipeline = load_components(Path(source), dtype)
+        check_network(pipeline)
+    except Exception as error:  # the hub and the loaders raise many kinds, which all mean the same
+        torch.set_default_dtype(default)  # a loader that fails half-way leaves its own
+        raise ValueError(f"--model {model}: cannot be loaded ({first_line(error)}); give a folder in "
+                         "diffusers' layout or a hub id such as "
+                         "stable-diffusion-v1-5/stable-diffusion-v1-5") from error
+    pipeline.scheduler = ddim_scheduler(pipeline.scheduler)
+    network = denoiser(pipeline)
+    if lora is not None:
+        load_tuned(pipeline, Path(lora), lora_scale, dtype)
+        network = denoiser(pipeline)
+    set_resolution(pipeline, model, resolution)
+    if isinstance(network, UNet2DConditionModel) and device.type == "cuda":
+        network.to(memory_format=torch.channels_last)  # how tensor cores want a convolution's input
+    if isinstance(network, UNet2DConditionModel) and device.type == "cpu":
+        # On a CPU the backward of scaled_dot_product_attention is 16 times slower in bf16 than in
+        # fp32; plain matrix products are not, and at these sizes nothing is lost by them.
+        network.set_attn_processor(AttnProcessor())
+    for module in (network, *text_encoders(pipeline), pipeline.vae):
+        module.requires_grad_(False).eval()
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    try_out(pipeline, f"{model} --lora {lora}" if lora else model, dtype)
+    return pipeline
+
+
+def load_components(folder, dtype):
+    """The pipeline that model_index.json names, put together from classes of diffusers and
+    transformers alone. Releases of diffusers before 0.38 run Python files of a folder whose index
+    names them; we neither let one lie there nor ask."""
+    index = json.loads((folder / "model_index.json").read_text())
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(kind, str) or kind not in NETWORKS:
+        raise ValueError(f"a {first_line(kind)}, of none of the families that work: "
+                         f"{', '.join(NETWORKS)}")
+    scripts = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
+    if scripts:
+        raise ValueError(f"a model needs no Python file, and {scripts[0]} is one; look what it does, "
+                         "and remove it")
+    pipeline_class = getattr(diffusers, kind)
+    components = {}
+    for name, parameter in inspect.signature(pipeline_class.__init__).parameters.items():
+        if name == "self" or name in UNUSED or parameter.default is not inspect.Parameter.empty:
+            continue
+        entry = index.get(name) or [None, None]
+        if entry == [None, None] and name in OPTIONAL:
+            components[name] = None
+            continue
+        allowed = CLASSES[re.sub(r"_\d$", "", name)]
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+                and entry[0] in ("diffusers", "transformers") and re.fullmatch(allowed, entry[1])):
+            raise ValueError(f"its {name} is {entry}, not one of {allowed.replace('|', ', ')}")
+        library = diffusers if entry[0] == "diffusers" else transformers
+        components[name] = load_component(folder / name, getattr(library, entry[1]), dtype)
+    if not isinstance(components.get("unet", components.get("transformer")), NETWORKS[kind]):
+        raise ValueError(f"its network is not the {NETWORKS[kind].__name__} of a {kind}")
+    options = {"requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
+    if kind == "StableDiffusionXLPipeline":
+        zeros = bool(index.get("force_zeros_for_empty_prompt", True))
+        options = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+    unused = inspect.signature(pipeline_class.__init__).parameters.keys() & UNUSED
+    return pipeline_class(**components, **dict.fromkeys(unused), **options)
+
+
+def load_component(folder, component_class, dtype):
+    """A tokenizer, a scheduler, or a network that has all its weights: loaders fill gaps with
+    random numbers."""
+    if not folder.is_dir():
+        raise ValueError(f"its folder {folder.name}/ is missing")
+    if not issubclass(component_class, torch.nn.Module):
+        return component_class.from_pretrained(folder)
+    dtype = torch.float32 if folder.name == "vae" else dtype
+    network, info = component_class.from_pretrained(
+        folder, torch_dtype=dtype, variant=find_variant(folder), output_loading_info=True)
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if any("lora_" in key for key in unexpected):
+        raise ValueError(f"its {folder.name} was saved with a LoRA beside its weights; call "
+                         "pipe.fuse_lora() and pipe.unload_lora_weights() before pipe.save_pretrained()")
+    if missing:
+        raise ValueError(f"{len(missing)} weights of its {folder.name} are not in it, {missing[0]} for "
+                         "one")
+    return network
+
+
+def find_variant(folder):
+    """The variant of a folder's weights, such as fp16 of model.fp16.safetensors; None where there
+    are plain ones."""
+    pattern = (r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?"
+               r"\.(?:safetensors|bin)")
+    found = [re.fullmatch(pattern, file.name) for file in folder.iterdir()]
+    variants = sorted({match[1] or match[2] or "" for match in filter(None, found)})
+    if not variants:
+        raise ValueError(f"no weights in its folder {folder.name}/")
+    return None if "" in variants else "fp16" if "fp16" in variants else variants[0]
+
+
+def check_network(pipeline):
+    """Refuses networks that ask for more than latents, time and prompt, which would be left without
+    it in silence."""
+    network, config = denoiser(pipeline), denoiser(pipeline).config
+    asks = [f"{option} {config[option]}" for option in FURTHER_INPUTS
+            if config.get(option) is not None]
+    if isinstance(network, UNet2DConditionModel):
+        added = "text_time" if kind_of(pipeline) == "StableDiffusionXLPipeline" else None
+        if config.addition_embed_type != added:
+            asks.append(f"addition_embed_type {config.addition_embed_type}")
+        if "gated" in config.attention_type:
+            asks.append(f"attention_type {config.attention_type}")
+    channels = pipeline.vae.config.latent_channels
+    if network_channels(network) != channels:
+        asks.append(f"{network_channels(network)} channels of latents, and its VAE gives {channels}")
+    if asks:
+        raise ValueError("not a text-to-image Stable Diffusion or FLUX: its network asks for more than "
+                         f"latents, a timestep and a prompt, {asks[0]}")
+
+
+@torch.no_grad()
+def try_out(pipeline, model, dtype):
+    """One prediction on small latents, of two pictures because group norms need two numbers: what does
+    not fit together, or is not finite, is found before a run begins."""
+    network, device = denoiser(pipeline), denoiser(pipeline).device
+    latents = torch.zeros(2, latents_shape(pipeline)[0], 8, 8, device=device)
+    try:
+        inputs = condition(pipeline, ["", ""], 1.0)
+        output = predict(network, latents, torch.full((2,), 500, device=device), *inputs[:2], dtype)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"--model {model}: its parts do not fit together "
+                         f"({first_line(error)})") from error
+    if output.shape != latents.shape:
+        raise ValueError(f"--model {model}: its network predicts {output.shape[1]} channels, not the "
+                         f"{latents.shape[1]} of the latents; give another model")
+    if not output.isfinite().all():
+        raise ValueError(f"--model {model}: its network predicts numbers that are not finite; give "
+                         "another model")
+
+
+def load_tuned(pipeline, folder, scale, dtype):
+    """Put a run's weights into the pipeline: its whole network, or its adapter. All of them, or
+    ValueError."""
+    network, name = denoiser(pipeline), network_name(pipeline)
+    adapter = folder / "pytorch_lora_weights.safetensors"
+    try:
+        if (folder / name).exists():
+            tuned = load_component(folder / name, type(network), dtype)
+            base, new = dict(network.named_parameters()), dict(tuned.named_parameters())
+            if {key: p.shape for key, p in base.items()} != {key: p.shape for key, p in new.items()}:
+                raise ValueError(f"its {name} has other layers than the model's")
+            for key, parameter in new.items():
+                parameter.data = torch.lerp(base[key].data, parameter.data, scale)
+            setattr(pipeline, name, tuned)
+        elif adapter.exists():
+            wanted = sum(not key.endswith("alpha") for key in load_file(adapter))
+            pipeline.load_lora_weights(str(folder), weight_name=adapter.name, adapter_name="tuned")
+            loaded = sum(".tuned." in key for module in (network, *text_encoders(pipeline))
+                         for key, _ in module.named_parameters())
+            if loaded != wanted:
+                raise ValueError(f"of the {wanted} tensors in its adapter the model takes {loaded}")
+            pipeline.set_adapters(["tuned"], [scale])
+        else:
+            raise ValueError(f"no {adapter.name} and no {name}/ in it")
+        if not all(p.isfinite().all() for p in denoiser(pipeline).parameters()):
+            raise ValueError("its weights are not finite")
+    except Exception as error:  # as above
+        raise ValueError(f"--lora {folder}: cannot be loaded ({first_line(error)}); give the folder of "
+                         "a run of this model") from error
