@@ -14,6 +14,7 @@ shape, and embeddings that it only hands on.
 import contextlib
 import os
 import warnings
+from pathlib import Path
 
 # Both libraries remark on what is fine here, torchvision's absence for one; "warning" lets you hear it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -32,6 +33,21 @@ for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # of loading; our own bars come later and say more
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLUX_SIZE = 128  # of its latents' sides: 1024 pixels; the other networks' configurations say theirs
+
+
+def default_dtype(device):
+    """The name of the dtype that networks compute in where none is asked for.
+
+    On a GPU fp16, whose rounding moves the ratio ρ less than bf16's (benchmarks/rounding.py). On a
+    CPU, which cannot compute in fp16, bf16 if there are instructions for it: it is faster than fp32
+    (benchmarks/epoch.py), and the emoji model learns nearly as well. Without them it would take many
+    times as long.
+    """
+    kind, cpu = torch.device(device).type, Path("/proc/cpuinfo")
+    if kind == "cuda":
+        return "fp16"
+    native = kind == "cpu" and cpu.exists() and "avx512_bf16" in cpu.read_text()
+    return "bf16" if native else "fp32"
 
 
 def first_line(error):

@@ -17,7 +17,7 @@ import torch
 
 import kernels
 from loading import default_device, is_emoji
-from models import DTYPES
+from models import DTYPES, default_dtype
 from rewards import parse_reward
 from run_folder import read_config
 from sample import ETAS, MAX_ETAS
@@ -88,8 +88,8 @@ class Settings:
 
     # the machine
     device: str = ""  # cpu, cuda, mps (default: the best there is)
-    dtype: str = ""  # of the network's arithmetic: bf16, fp16, fp32 (default: bf16; fp32 on mps);
-        # log-probs are always float32
+    dtype: str = ""  # of the network's arithmetic: bf16, fp16, fp32 (default: fp16 on a GPU,
+        # bf16 on a CPU that has it, else fp32); log-probs are always float32
     kernels: str = "auto"  # triton, torch, or auto: triton on a GPU
     compile: bool = False  # the network, with torch.compile: minutes of waiting first
     cuda_graph: bool = False  # launch a sampling step as one CUDA graph
@@ -98,29 +98,30 @@ class Settings:
 
 
 # The paper's settings (table 3 and app. D), with LoRA as in ddpo-pytorch. The shipped CLIP knows icons
-# alone, so it cannot watch photographs.
+# alone, so it cannot watch photographs. Batches are the same in sampling and in training: a GPU may
+# choose another kernel for another size, which rounds differently.
 PAPER = dict(
-    model="stable-diffusion-v1-5/stable-diffusion-v1-5", epochs=100, images=256, sample_batch=8,
+    model="stable-diffusion-v1-5/stable-diffusion-v1-5", epochs=100, images=256, sample_batch=4,
     steps=50, guidance_scale=5.0, advantages="prompt", group_size=1, train_first=1.0, warmup=0, ema=0.0,
     train_batch=4, lora_rank=4, eval_every=10, eval_images=16, checkpoint_every=5, watch="",
 )
 # A sixteenth of the paper's work an epoch: groups, 20 steps, half of them trained.
-SMALLER = PAPER | dict(steps=20, images=64, advantages="group", group_size=4, timestep_fraction=0.5,
-                       sample_batch=4)
+SMALLER = PAPER | dict(steps=20, images=64, advantages="group", group_size=4, timestep_fraction=0.5)
 # The same for larger models; the flow-matching ones with 10 steps and 512 pixels.
 SDXL = SMALLER | dict(model="stabilityai/stable-diffusion-xl-base-1.0", sample_batch=2, train_batch=2,
                       gradient_checkpointing=True, offload=True)
 SD35 = SMALLER | dict(model="stabilityai/stable-diffusion-3.5-medium", steps=10, resolution=512,
-                      guidance_scale=4.5, lora_rank=32, train_batch=2, gradient_checkpointing=True,
-                      offload=True)
-FLUX = SD35 | dict(model="black-forest-labs/FLUX.1-dev", guidance_scale=3.5, train_batch=4, offload=False)
+                      guidance_scale=4.5, lora_rank=32, sample_batch=2, train_batch=2,
+                      gradient_checkpointing=True, offload=True)
+FLUX = SD35 | dict(model="black-forest-labs/FLUX.1-dev", guidance_scale=3.5, sample_batch=4, train_batch=4,
+                   dtype="bf16", offload=False)  # the range of fp16 is too small for it
 # What a process of each needs of its GPU: `python memory.py`
 PRESETS = {
     "emoji": {},
     "sd15": PAPER,  # for as long as it takes
-    "sd15-24gb": SMALLER | dict(train_batch=4),
-    "sd15-10gb": SMALLER | dict(sample_batch=2, train_batch=1, gradient_checkpointing=True, offload=True),
-    "sd15-8gpu": PAPER | dict(sample_batch=16),  # torchrun: 32 pictures on each of 8
+    "sd15-24gb": SMALLER,
+    "sd15-10gb": SMALLER | dict(sample_batch=1, train_batch=1, gradient_checkpointing=True, offload=True),
+    "sd15-8gpu": PAPER,  # torchrun: 32 pictures on each of 8
     "sdxl-24gb": SDXL,
     "sdxl-24gb-8gpu": SDXL | dict(images=256),
     "sd35-medium-24gb": SD35,
@@ -266,7 +267,7 @@ def check_machine(config):
         refuse(config, "optimizer", "needs bitsandbytes; pip install bitsandbytes, or choose adamw")
     kernels.BACKEND = config.kernels
     kernels.use_triton(torch.empty(0, device=config.device))  # raises where triton cannot run
-    config.dtype = config.dtype or ("fp32" if config.device == "mps" else "bf16")
+    config.dtype = config.dtype or default_dtype(config.device)
 
 
 def field_comments(config_class):

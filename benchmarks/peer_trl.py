@@ -222,7 +222,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each side that count")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "own"), default="own",
                         help="of both sides; own: what each takes by default, which is bf16 here, "
-                        "and in TRL fp16, or fp32 on a CPU, where fp16 cannot run (default own)")
+                        "where the device has it, and in TRL fp16, or fp32 on a CPU (default own)")
     parser.add_argument("--train-batch", type=int,
                         help="ours: pairs at once (default: as many as TRL)")
     parser.add_argument("--compile", action="store_true",
@@ -244,6 +244,8 @@ def main(arguments=None):
 
     import torch
 
+    from models import default_dtype
+
     settings = dict(EMOJI, model=str(ROOT / "models/emoji"))
     if args.sd15 or args.model:
         from benchmarks.sd15 import build
@@ -252,7 +254,8 @@ def main(arguments=None):
     settings |= EQUAL | dict(args.set)
     our_dtype = trl_dtype = args.dtype
     if args.dtype == "own":
-        our_dtype, trl_dtype = "bf16", "fp16" if torch.cuda.is_available() else "fp32"
+        on_gpu = torch.cuda.is_available()
+        our_dtype, trl_dtype = default_dtype("cuda" if on_gpu else "cpu"), "fp16" if on_gpu else "fp32"
     units = settings["sample_batch"], settings["updates"] * settings["train_batch"]
     if any(settings["images"] % unit for unit in units):
         parser.exit(2, f"--set images={settings['images']}: must be a multiple of sample_batch "

@@ -4,15 +4,16 @@
                                                    Diffusion's size
     python benchmarks/rounding.py --model MODEL    a model of your own, on its latents
 
-This is why Stable Diffusion trains in fp16 here, and not in bf16. At each of 20 steps a step is
+This is why fp16, and not bf16, is the default on a GPU. At each of 20 steps a step is
 drawn, then scored again after every weight has changed by a ten-millionth of itself. Such a change
 means nothing, so ρ − 1 is then due to activations that were rounded differently. PPO's clip should
 not react to it, but it takes the gradient of each pair with a negative advantage whose ρ has fallen
-below 1 − 1e-4. On a CPU nearly all of the eight minutes go into fp16, which is emulated there. The
+below 1 − 1e-4. On a CPU without instructions for a precision most of the time goes into its emulation. The
 record is written to benchmarks/rounding.json.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -21,15 +22,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
-from benchmarks.epoch import command_line, machine, record_as
+from benchmarks.epoch import command_line, machine, markdown, record_as
 from sample import DTYPES, ddim_step, ddim_table, encode_prompts, latents_shape
 from sample import load_pipeline, predict
 
 CLIP_RANGE, STEPS, GUIDANCE_SCALE, CHANGE = 1e-4, 20, 5.0, 1e-7
+SIDE = 48  # of the emoji model's latents, which then have about as many numbers as 4 x 64 x 64
 
 
 @torch.no_grad()
-def ratios(pipeline, shape, dtype, steps=STEPS):
+def ratios(pipeline, shape, dtype, steps):
     """(steps,) ρ − 1 of each step of one trajectory of "a cat" in this precision, after a tiny
     random change of the weights."""
     unet, device = pipeline.unet, pipeline.device
@@ -57,20 +59,38 @@ def ratios(pipeline, shape, dtype, steps=STEPS):
     return torch.cat(away).cpu()
 
 
+def table(record):
+    """The Markdown table of a record."""
+    rows = [["", f"steps outside 1 ± {CLIP_RANGE:g}", "below it", "\\|ρ − 1\\|, median", "at most"]]
+    for dtype in DTYPES:
+        if found := record.get(dtype):
+            outside = found["outside"], found["below"]
+            away = found["median"], found["max"]
+            rows.append([dtype, *(f"{x:.0%}" for x in outside), *(f"{x:.1e}" for x in away)])
+    return markdown(rows)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a folder in diffusers' layout, or a hub id "
-                                        "(default: models/emoji on 4x64x64 latents)")
+                                        "(default: models/emoji, on larger latents)")
     parser.add_argument("--dtype", action="append", choices=DTYPES,
                         help="only this one; may be repeated")
     parser.add_argument("--out", default=str(ROOT / "benchmarks/rounding.json"),
                         help="where the record is put (default: benchmarks/rounding.json)")
+    parser.add_argument("--table", action="store_true", help="only print what --out holds")
     args = parser.parse_args(arguments)
+    if args.table:
+        for name, record in json.loads(Path(args.out).read_text()).items():
+            print(f"{name}\n\n{table(record)}\n")
+        return
     torch.manual_seed(0)
     pipeline = load_pipeline(args.model or str(ROOT / "models/emoji"), dtype=torch.float32)
-    shape = latents_shape(pipeline) if args.model else (4, 64, 64)
+    shape = latents_shape(pipeline)
+    if not args.model:
+        shape = shape[0], SIDE, SIDE
     record = machine() | {
         "command": command_line("benchmarks/rounding.py", arguments),
         "latents": list(shape),
@@ -79,7 +99,7 @@ def main(arguments=None):
         "clip_range": CLIP_RANGE,
     }
     for dtype in args.dtype or DTYPES:
-        away = ratios(pipeline, shape, DTYPES[dtype])
+        away = ratios(pipeline, shape, DTYPES[dtype], STEPS)
         found = record[dtype] = {
             "outside": (away.abs() > CLIP_RANGE).double().mean().item(),
             "below": (away < -CLIP_RANGE).double().mean().item(),
@@ -87,10 +107,8 @@ def main(arguments=None):
             "max": away.abs().max().item(),
             "ratios_minus_1": away.tolist(),
         }
-        outside = f"{found['outside']:.0%} of steps outside 1 ± {CLIP_RANGE:g}"
-        print(f"{dtype}: {outside}, {found['below']:.0%} below; |ρ − 1| {found['median']:.1e} in "
-              f"the median, {found['max']:.1e} at most", flush=True)
     record_as(args.out, f"{args.model or 'models/emoji'}, {record['device']}", record)
+    print(table(record))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # of the scripts
 
 from emoji import scenes
+from models import DTYPES, autocast, default_dtype
 
 FOLDER = ROOT / "models" / "emoji" / "classifiers"
 SCENES, BATCH, LR = 32768, 64, 3e-3
@@ -105,7 +106,7 @@ def train(name):
         rows = torch.randint(len(images), (BATCH,))
         pixels = spoil(grey(images[rows]))
         pixels = pixels * torch.where(torch.rand(BATCH, 1, 1, 1) < 0.3, -1.0, 1.0)  # negatives
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", DTYPES[default_dtype("cpu")]):
             output = model(pixels.to(memory_format=torch.channels_last)).float()
         loss = F.cross_entropy(output, labels[rows], label_smoothing=0.05)
         loss.backward()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import models
 from run_folder import write_whole
 from sample import sample_trajectories
 
@@ -16,8 +17,13 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtype():
+    """bfloat16 also on a GPU: in float16 small gradients would be lost, since no loss is scaled here."""
+    return torch.float32 if models.default_dtype(device()) == "fp32" else torch.bfloat16
+
+
 def autocast():
-    return torch.autocast(device().type, torch.bfloat16)
+    return models.autocast(device(), dtype())
 
 
 def to_pixels(pictures):
@@ -46,7 +52,7 @@ def draw(pipeline, prompts, steps, guidance_scale, label, eta=1.0, sampler="ddim
         seeds = range(i, i + len(batch))
         generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
         images.append(sample_trajectories(
-            pipeline, batch, steps, guidance_scale, eta, generators, torch.bfloat16, sampler=sampler
+            pipeline, batch, steps, guidance_scale, eta, generators, dtype(), sampler=sampler
         ).images.cpu())
     return torch.cat(images)
 

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from emoji import scenes
 from emoji.classifiers import count_of, digits, honest_count, recognised
 from emoji.diffusion import build_unet, encode_captions, encode_pictures, noise_loss
-from emoji.trainer import autocast, device, draw, finished, save_sheet, train
+from emoji.trainer import autocast, device, draw, dtype, finished, save_sheet, train
 from rewards import clip_top1, jpeg_kilobytes
 from sample import ETAS, load_pipeline, sample_trajectories
 
@@ -161,7 +161,7 @@ def train_cards(config):
         pipeline.unet = model
         generators = [torch.Generator(device()).manual_seed(seed) for seed in range(len(samples))]
         images = sample_trajectories(
-            pipeline, samples, 10, 4.0, generator=generators, dtype=torch.bfloat16
+            pipeline, samples, 10, 4.0, generator=generators, dtype=dtype()
         ).images
         save_sheet(images.float() / 127.5 - 1, Path(config.work) / "cards.png")
         printed = digits(images)

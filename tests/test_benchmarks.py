@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ddpo
-from benchmarks import epoch, peer_trl, sd15, time_to_target, time_to_target_tables
+from benchmarks import epoch, peer_trl, rounding, sd15, time_to_target, time_to_target_tables
 from sample import guided_step, load_pipeline, sample_trajectories
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,8 @@ def run(script, *arguments, **settings):
 
 
 def test_variants_of_an_epoch_do_the_same_work_and_are_compared_with_the_first(tmp_path):
-    reference, other = list(epoch.CPU_VARIANTS)[0], list(epoch.CPU_VARIANTS)[-1]
+    reference, other = "fp32, scaled_dot_product_attention", "fp32, plain matrix products"
+    assert reference == list(epoch.CPU_VARIANTS)[0] and other in epoch.CPU_VARIANTS
     out = tmp_path / "epoch.json"
     variants = "--variant", reference, "--variant", other
     printed = run("epoch.py", "--rounds", "1", "--out", str(out), *variants, **TINY)
@@ -53,6 +54,20 @@ def test_variants_of_an_epoch_do_the_same_work_and_are_compared_with_the_first(t
     assert record["device"] and record["threads"] == 1
     assert "benchmarks/epoch.py --rounds 1" in record["command"]
     assert printed.strip() in run("epoch.py", "--table", "--out", str(out))
+
+
+def test_rounding_moves_the_ratio_more_the_fewer_digits_a_precision_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounding, "STEPS", 3)
+    monkeypatch.setattr(rounding, "SIDE", 8)
+    out = tmp_path / "rounding.json"
+    rounding.main(["--dtype", "fp32", "--dtype", "bf16", "--out", str(out)])
+    record, = json.loads(out.read_text()).values()
+    assert record["latents"] == [8, 8, 8] and len(record["bf16"]["ratios_minus_1"]) == 3
+    assert record["fp32"]["median"] < 1e-5 < record["bf16"]["median"]
+    assert rounding.table(record) in subprocess.run(
+        [sys.executable, "benchmarks/rounding.py", "--table", "--out", str(out)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout
 
 
 def test_rows_of_a_replayed_graph_are_counted():

@@ -29,9 +29,11 @@ from ddpo import (
     sf_loss,
 )
 from scripts import finish, flags, numbers
+from models import default_dtype
 from run_folder import load_checkpoint, read_metrics, save_checkpoint, save_weights
 from sample import load_pipeline
 
+from stable_diffusion import save_pipeline
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
     images=8,
@@ -173,8 +175,8 @@ def test_a_run_leaves_what_the_readme_says(run):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(dtype="fp32"), dict(dtype="bf16"), dict(dtype="bf16", lora_rank=0)]
-)
+    "settings", [dict(dtype="fp32"), dict(), dict(lora_rank=0)]
+)  # and in bf16, where it is the default: elsewhere it takes minutes
 def test_the_ratio_is_one_before_the_first_update(tmp_path, settings):
     folder = ddpo.train(Config(out=str(tmp_path), **SMALL | settings))
     assert [row["ratio_error"] for row in read_metrics(folder / "metrics.jsonl")[1:]] == [0.0, 0.0]
@@ -312,6 +314,8 @@ def test_two_processes_train_like_one(tmp_path):
     (tmp_path / "seen.py").write_text(COUNTING)
     settings = SMALL | dict(
         dtype="fp32",
+        model=save_pipeline(tmp_path / "model"),
+        preset="emoji",
         sample_batch=2,
         train_batch=2,
         lr=1e-4,

@@ -15,7 +15,7 @@ from run_folder import read_metrics
 from training import start
 
 SMALL = dict(
-    images=8, sample_batch=4, train_batch=4, steps=4, epochs=4, eval_images=4, eval_every=1,
+    images=4, sample_batch=4, train_batch=4, steps=3, epochs=4, eval_images=4, eval_every=1,
     group_size=2, updates=2, lora_rank=8, device="cpu",
 )  # fmt: skip
 

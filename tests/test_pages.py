@@ -92,7 +92,7 @@ def test_the_headline_is_that_of_the_committed_numbers():
     assert shown.splitlines() == reproduce_figures.headline(numbers)
 
 
-@pytest.mark.parametrize("name", ["epoch", "peer_trl", "time_to_target"])
+@pytest.mark.parametrize("name", ["epoch", "peer_trl", "time_to_target", "rounding"])
 def test_the_benchmarks_show_the_recorded_tables(name):
     command = [sys.executable, f"benchmarks/{name}.py", "--table"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
