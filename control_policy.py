@@ -6,6 +6,7 @@ The network and its pretraining, the denoising chain, and a run's folder and com
 import argparse
 import json
 import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from processes import RunStopped
 from run_folder import (append, load_checkpoint, read_metrics, reserved, row_line, save_checkpoint,
                         write_whole)
 from sample import ddim_step
-from settings import add_flags, refuse, resumed_config
+from settings import add_flags, check_folder, refuse, resumed_config
 
 
 class Denoiser(nn.Module):
@@ -122,11 +123,12 @@ def check_numbers(config, at_least_1, above_0):
 def open_run(config, resume):
     """A run, ready for the epoch after the last of its rows, in a folder that no other process
     writes until `release`. saved: the checkpoint that it goes on from, or None."""
+    check_folder(config)
     folder = Path(config.out) / config.name
     with reserved(folder):
         if not resume and any((folder / file).exists() for file in ("config.json", "checkpoint")):
-            raise ValueError(f"{folder}: exists already; go on with --resume {folder}, or choose "
-                             "another --name")
+            raise ValueError(f"{folder}: exists already; go on with --resume "
+                             f"{shlex.quote(str(folder))}, or choose another --name")
         saved = load_checkpoint(folder / "checkpoint") if resume else None
         rows = read_metrics(folder / "metrics.jsonl") if saved else []
         rows = [row for row in rows if row["epoch"] <= saved["epoch"]]

@@ -6,6 +6,7 @@ different the pictures of one prompt are. `guard` turns that into two decisions:
 weights to save as the result, and when to stop.
 """
 
+import shlex
 import time
 
 import torch
@@ -160,7 +161,8 @@ def summary(run):
         change = (kept[key] - first[key]) / max(abs(first[key]), 1e-9)
         name = key.removeprefix("eval_")
         lines.append(f"    {name:<12} {first[key]:8.3f} -> {kept[key]:.3f}  ({change:+.0%})")
-    lines.append(f'next: python sample.py --lora {run.folder} --prompt "a cat" --prompt "a panda"')
+    folder = shlex.quote(str(run.folder))
+    lines.append(f'next: python sample.py --lora {folder} --prompt "a cat" --prompt "a panda"')
     return "\n".join(lines)
 
 

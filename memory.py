@@ -3,6 +3,7 @@ numbers, and the real code runs on them to see which activations it keeps for th
 
     python memory.py                                       every preset, one line each
     python memory.py --preset sdxl-24gb --train-batch 4    the same preset with other settings
+    python memory.py --model my_model                      a model of your own
     torchrun ...                                           each process needs what is printed
 
 What is counted: weights; gradients, moments and averages of what is trained; activations, with the
@@ -15,6 +16,7 @@ import math
 import sys
 
 import models  # first: it quiets the libraries
+from loading import load_pipeline
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
@@ -196,12 +198,17 @@ def estimate(config, world=1, pipeline=None):
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = [["--preset", name] for name in PRESETS if name != "emoji"]
-    if "--preset" in arguments:
+    if any(argument.startswith(("--pre", "--mod", "--res")) for argument in arguments):  # abbreviated, too
         chosen = [[]]
-    for preset in chosen:
-        config, _ = parse_config([*preset, *arguments], Settings, PRESETS, __doc__)
-        world = 8 if config.preset.endswith("8gpu") else 1
-        print(f"{config.preset}: {estimate(config, world)}", flush=True)
+    try:
+        for preset in chosen:
+            config, _ = parse_config([*preset, *arguments], Settings, PRESETS, __doc__)
+            world, pipeline = 8 if config.preset.endswith("8gpu") else 1, None
+            if config.model not in NETWORKS:
+                pipeline = load_pipeline(config.model, "cpu", resolution=config.resolution)
+            print(f"{config.preset}: {estimate(config, world, pipeline)}", flush=True)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -139,7 +140,8 @@ def command_line(arguments, parse_config, prepare, fit):
         folder = Path(config.out) / config.name if config else None
         message = "stopped"
         if folder and (folder / "config.json").exists():
-            message += f"; go on with: python {Path(inspect.getfile(fit)).name} --resume {folder}"
+            script = Path(inspect.getfile(fit)).name
+            message += f"; go on with: python {script} --resume {shlex.quote(str(folder))}"
         print(f"\n{message}", file=sys.stderr, flush=True)
 
     config = run = None

@@ -42,7 +42,7 @@ def load_prompts(spec):
         raise ValueError(f"prompts {spec!r}: {fault}") from None
 
     file = FOLDER / f"{spec}.txt" if spec in SETS else Path(spec)
-    if file.suffix in (".json", ".csv", ".tsv"):
+    if file.suffix.lower() in (".json", ".csv", ".tsv"):
         refuse(f"{file.suffix} files are not read; write one prompt a line into a .txt file, or "
                'one {"prompt": ...} a line into a .jsonl file')
     try:
@@ -51,7 +51,8 @@ def load_prompts(spec):
             refuse("it is in UTF-16; save it as UTF-8")
         text = data.decode().replace("\ufeff", "")  # the mark that some editors put first
     except FileNotFoundError:
-        refuse(f"no such set or file; choose {', '.join(SETS)}, or a file of one prompt a line")
+        refuse(f"no such set or file; choose {', '.join(SETS)}, or a file of one prompt a line; in a list a "
+               "comma ends a path")
     except (OSError, UnicodeDecodeError) as error:
         refuse(f"cannot be read ({error}); give a UTF-8 text file of one prompt a line")
     if "\0" in text:
@@ -61,7 +62,7 @@ def load_prompts(spec):
     lines = {number: line for number, line in lines.items() if line and not line.startswith("#")}
     if not lines:
         refuse("no prompt in it; write one a line (blank lines and # comments do not count)")
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         for number, line in lines.items():
             if re.match(r'[\[{]\s*"', line):
                 refuse(f"line {number} is JSON; give the file a name that ends in .jsonl")
@@ -108,7 +109,7 @@ def cut_notice(tokenizer, prompts):
 
 
 def set_names(specs):
-    """The sets in a list such as "animals_held_out,objects"; "" has none."""
+    """The sets in a list such as "animals_held_out,objects"; "" has none. So a file's path has no comma."""
     return [name.strip() for name in specs.split(",") if name.strip()]
 
 
@@ -137,6 +138,8 @@ if __name__ == "__main__":
     parser.add_argument("-n", type=int, default=10, help="how many (default 10)")
     parser.add_argument("--seed", type=int, default=None, help="the same seed: the same sample")
     args = parser.parse_args()
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        parser.exit(2, f"--seed {args.seed}: must be at least 0 and below 2**63\n")
     try:
         prompts = load_prompts(args.prompts)
         generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)

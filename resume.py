@@ -80,6 +80,9 @@ def check_checkpoint(saved, run):
     if differ := theirs.keys() ^ config.keys():
         refuse("of another script or another version of this code, which differ in the settings "
                + ", ".join(sorted(map(str, differ))[:4]))
+    for key in ("reward", "watch", "eval_prompts"):  # metrics.jsonl has columns of these
+        if theirs[key] != config[key]:
+            refuse(f"of --{key.replace('_', '-')} {theirs[key]!r}, and config.json has {config[key]!r}")
     check_tensors("parameters", saved["parameters"])
     if (saved["ema"] is None) != (run.ema is None):
         refuse(f"--ema is {run.config.ema:g}, and it has {kind(saved['ema'])} for averaged weights")

@@ -145,6 +145,14 @@ class Guest:
                         write(value)
 
 
+def seed(*key):
+    """A reward's random numbers follow from its pictures, so that the same pictures get the same values,
+    in a run that is resumed, too."""
+    number = int(np.random.SeedSequence(key).generate_state(1)[0])
+    for generator in (torch.manual_seed, np.random.seed, random.seed):
+        generator(number)
+
+
 def top_level(name):
     return name.partition(".")[0]
 
@@ -172,6 +180,7 @@ def load_function(spec):
     module = importlib.util.module_from_spec(module_spec)
     try:
         with guest.at_work():
+            seed(0)
             sys.modules[name] = module
             module_spec.loader.exec_module(module)
     except KeyboardInterrupt:
@@ -198,12 +207,14 @@ def load_function(spec):
 def checked(reward, guest):
     """reward, with what goes in and what comes out checked.
 
-    It gets copies. Where it fails, the error names the picture.
+    It gets copies. Where it fails, the error names the picture. A reward's log_counts, {event: how many
+    so far}, go to the log, epoch by epoch.
     """
     name = guest.name
 
     def ask(images, prompts):
         with guest.at_work():
+            seed(*images.flatten(1).sum(1).tolist())
             return reward(images.clone(), list(prompts))
 
     def call(images, prompts):
@@ -219,7 +230,11 @@ def checked(reward, guest):
             raise find_culprit(name, ask, images, prompts, error) from error
         return check_rewards(name, values, images, prompts)
 
-    call.counts = getattr(reward, "counts", {})
+    call.log_counts = getattr(reward, "log_counts", {})
+    if not isinstance(call.log_counts, dict) or not all(
+            isinstance(value, int) for value in call.log_counts.values()):
+        raise RewardError(f"reward {name}: its log_counts must be a dict of whole numbers, not "
+                          f"{call.log_counts!r:.80}")
     return call
 
 
@@ -251,6 +266,8 @@ def check_rewards(name, values, images, prompts):
             raise TypeError
         tensor = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach().clone()
     except Exception:  # TypeError, ValueError, RuntimeError, and those of strange containers
+        if inspect.iscoroutine(values):
+            values.close()  # or Python would warn below our line
         what = f"{type(values).__name__} {' '.join(repr(values).split()):.80}"
         raise RewardError(f"reward {name}: returned {what}; return one number an image, {count} in "
                           "all") from None

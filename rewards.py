@@ -150,7 +150,7 @@ def embeddings_top1(embeddings, prompts, candidates, device=None, model=EMOJI_CL
 def align(device, vlm=None, encoder=None):
     """The paper's alignment: BERTScore recall of a VLM's description against the prompt.
 
-    An empty description is worth 0, and reward.counts counts them.
+    An empty description is worth 0, and reward.log_counts counts them.
     """
     network = load("align=", load_vlm, vlm or VLM, device)
     scorer = load("align=@", load_encoder, encoder or ENCODER, device)
@@ -158,11 +158,11 @@ def align(device, vlm=None, encoder=None):
     def reward(images, prompts):
         question = "Answer concisely: what is going on in this image?"
         descriptions = answer(network, images, [question] * len(images))
-        reward.counts["empty_descriptions"] += descriptions.count("")
+        reward.log_counts["empty_descriptions"] += descriptions.count("")
         references = [f"The image contains {prompt}" for prompt in prompts]
         return bertscore_recall(scorer, descriptions, references)
 
-    reward.counts = {"empty_descriptions": 0}
+    reward.log_counts = {"empty_descriptions": 0}
     return reward
 
 
@@ -281,8 +281,8 @@ def get_reward(spec, device=None):
 
     One reward keeps its own scale, times its weight if it has one. A mixture is the weighted sum of
     its components' z-scores within the batch; parse_reward gives the components to those who have
-    better statistics. Of a single reward without a weight, .counts holds events for the log, which
-    are no errors.
+    better statistics. Of a single reward without a weight, .log_counts holds events for the log,
+    which are no errors.
     """
     device = pick_device(device)
     try:

@@ -14,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -163,7 +164,7 @@ def save_weights(pipeline, config, folder):
         sync(target), sync(target.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(f"{target}: weights cannot be written ({error}); the checkpoint before is "
-                      f"intact: make room, then --resume {run}") from error
+                      f"intact: make room, then --resume {shlex.quote(str(run))}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -177,7 +178,7 @@ def save_checkpoint(folder, state):
         write_whole(path, lambda file: torch.save(state, file))
     except OSError as error:
         raise OSError(f"{error}; the checkpoint before is intact: make room, then --resume "
-                      f"{folder.parent}") from error
+                      f"{shlex.quote(str(folder.parent))}") from error
     for old in sorted(folder.glob("epoch_*.pt"))[:-2]:
         old.unlink()
 

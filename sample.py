@@ -20,8 +20,8 @@ models, and for the other samplers in use. So four numbers a step are the whole 
 
 import copy
 import functools
-import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from kernels.ddim_step import fused_ddim_step
-from run_folder import picture_grid
+from run_folder import picture_grid, read_config
 
 
 @dataclass
@@ -334,6 +334,29 @@ def set_strength(pipeline, scale, base=None, tuned=None):
             parameter.copy_(torch.lerp(start, end, scale))
 
 
+# How pictures are drawn where neither a flag nor a run says otherwise
+DRAWING = {"guidance_scale": 4.0, "dtype": "fp32", "sampler": "ddim", "sample_batch": 8, "window": "",
+           "window_shift": "", "lora_rank": 0, "resolution": 0}
+
+
+def run_settings(lora):
+    """The settings in the config.json of the run that --lora names, a dict; {} without one. Raises
+    ValueError, one line, for what no run writes there."""
+    folder = Path(lora or "")
+    folder = folder.parent if folder.name == "last" else folder
+    if not lora or not (folder / "config.json").exists():
+        return {}
+    run = read_config(folder)
+    forms = {"dtype": "|".join(DTYPES), "sampler": "|".join(ETAS), "window": r"(\d+:\d+)?",
+             "window_shift": r"([1-9]\d*/[1-9]\d*)?"}
+    for key, like in (DRAWING | {"model": "", "steps": 1, "eta": 1.0}).items():
+        value = run.get(key, like)
+        kinds = (float, int) if type(like) is float else (type(like),)
+        if type(value) not in kinds or key in forms and not re.fullmatch(forms[key], value):
+            raise ValueError(f"{folder / 'config.json'}: {key} is {value!r:.80}, as in no run; mend it")
+    return run
+
+
 def drawing_settings(args):
     """What is drawn how, a dict: the flags, then the settings of the run that --lora names, then defaults.
     Raises ValueError, one line."""
@@ -345,13 +368,13 @@ def drawing_settings(args):
     suffix = Path(args.out).suffix.lower()
     if not Path(args.out).parent.is_dir() or suffix not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
-    folder = Path(args.lora or "")
-    file = (folder.parent if folder.name == "last" else folder) / "config.json"
-    run = json.loads(file.read_text()) if args.lora and file.exists() else {}
+    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
+        raise ValueError(f"--guidance-scale {args.guidance_scale}: must be a number of at least 0")
+    if not all(map(math.isfinite, args.lora_scale)):
+        raise ValueError(f"--lora-scale {' '.join(map(str, args.lora_scale))}: must be numbers, 0 to 1")
+    run = run_settings(args.lora)
     model = args.model or run.get("model", "models/emoji")
-    run = {"model": model, "steps": 10 if is_emoji(model) else 50, "guidance_scale": 4.0, "dtype": "fp32",
-           "sampler": "ddim", "sample_batch": 8, "window": "", "window_shift": "", "lora_rank": 0,
-           "resolution": 0} | run
+    run = DRAWING | {"steps": 10 if is_emoji(model) else 50} | run | {"model": model}
     flags = {"model": args.model, "steps": args.steps, "guidance_scale": args.guidance_scale,
              "dtype": args.dtype, "sampler": args.sampler, "eta": args.eta, "sample_batch": args.batch,
              "resolution": args.resolution}
@@ -418,17 +441,16 @@ def main(arguments=None):
 
     from tqdm import tqdm
 
-    labels = {None: ""}
+    labels = [(None, "")]
     if args.lora:
-        labels = {0.0: "base: "} | {scale: f"strength {scale:g}: " for scale in args.lora_scale}
-        if len(args.lora_scale) == 1:
-            labels[args.lora_scale[0]] = "tuned: "
+        labels = [(scale, f"strength {scale:g}: ") for scale in args.lora_scale]
+        labels = [(0.0, "base: "), *([(args.lora_scale[0], "tuned: ")] if len(labels) == 1 else labels)]
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # a seed has a column
     batches = [jobs[i:i + run["sample_batch"]] for i in range(0, len(jobs), run["sample_batch"])]
     drawn, cache = {}, {}
     try:
         with tqdm(total=len(batches) * len(labels) * steps, desc="sampling") as bar:
-            for scale, label in labels.items():
+            for scale, label in labels:
                 if scale is not None:
                     set_strength(pipeline, scale, base, tuned)
                 pictures = []
@@ -440,7 +462,7 @@ def main(arguments=None):
                 drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
     except FloatingPointError as error:
         parser.exit(1, f"{args.lora or run['model']}: {error} with --dtype {run['dtype']}\n")
-    names = [label + prompt for prompt in prompts for label in labels.values()]
+    names = [label + prompt for prompt in prompts for _, label in labels]
     titles = [f"seed {args.seed + i}" for i in range(args.images)]
     picture_grid([drawn[name] for name in names], names, titles).save(args.out)
     print(f"{args.out}: {len(prompts)} prompts, seeds {args.seed} to {args.seed + args.images - 1}")

@@ -48,7 +48,7 @@ class Settings:
         # flow for models of flow matching, ddim for others)
     eta: float = -1.0  # how much noise, in the sampler's own meaning; 0 is deterministic, which
         # ddpo.py cannot train (default: ddim 1, cps 0.7, flow 0.7, dance 0.3)
-    window: str = ""  # "5:15": only these steps have noise and are trained ("" for all)
+    window: str = ""  # "5:15": only these steps have noise, so that they can be trained ("" for all)
     window_shift: str = ""  # "2/5": the window moves on by 2 steps every 5 epochs, from the last place back
         # to the first ("" for a fixed one)
     group_size: int = 4  # pictures of each prompt in an epoch
@@ -180,9 +180,7 @@ def check(config):
     lora_lr, whole_lr = (3e-3, 1.3e-4) if emoji else (3e-4, 1e-5)
     config.lr = config.lr or (lora_lr if config.lora_rank else whole_lr)
     config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward)
-    out, folder = os.path.abspath(config.out), os.path.abspath(os.path.join(config.out, config.name))
-    if folder == out or os.path.commonpath([out, folder]) != out:
-        refuse(config, "name", f"would be outside of --out {config.out}; give a name, such as first")
+    check_folder(config)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.eval_images < world:
         refuse(config, "eval_images", f"must be at least {world}, one for each process")
@@ -197,7 +195,17 @@ def check(config):
     for name in watched(config):
         if parse_reward(name) != {name: 1.0}:
             refuse(config, "watch", f"a watched metric has no weight; write {name.rpartition(':')[0]}")
+    for setting in ("reward", "watch"):
+        if any(name.endswith("_std") for name in parse_reward(getattr(config, setting) or "compress")):
+            refuse(config, setting, "a name that ends in _std means the spread of a metric in the log; "
+                   "rename the function")
     return config
+
+
+def check_folder(config):
+    out, folder = os.path.abspath(config.out), os.path.abspath(os.path.join(config.out, config.name))
+    if folder == out or os.path.commonpath([out, folder]) != out:
+        refuse(config, "name", f"would be outside of --out {config.out}; give a name, such as first")
 
 
 def set_sampler(config, flow=False):
@@ -293,7 +301,7 @@ def add_flags(parser, config_class):
     """A flag for each field of a dataclass: its comment is the help text, under the source's headings."""
     defaults = {field.name: field.default for field in fields(config_class)}
     for heading, comments in field_comments(config_class):
-        group = parser.add_argument_group(heading)
+        group = parser.add_argument_group(heading or None)
         for name, comment in comments:
             default = defaults[name]
             kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool)

@@ -18,6 +18,7 @@ import copy
 import functools
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -98,8 +99,8 @@ def start(config, resume=False, reference=False):
     with reserved(folder):
         names = ("config.json", "metrics.jsonl", "checkpoint")
         if not resume and any((folder / name).exists() for name in names):
-            raise ValueError(f"{folder}: exists already; go on with --resume {folder}, or choose "
-                             "another --name")
+            raise ValueError(f"{folder}: exists already; go on with --resume "
+                             f"{shlex.quote(str(folder))}, or choose another --name")
         return set_up(config, folder, resume, reference)
 
 
@@ -278,7 +279,8 @@ def score(run, images, prompts, bar=None):
         if error.image is not None and not bad.exists():  # the message is about the first one
             save_picture(picture_grid([error.image[None]]), bad)
             message += f"; the image is {bad}"
-        raise RunStopped(f"{message}; after mending it, go on with --resume {run.folder}") from None
+        folder = shlex.quote(str(run.folder))
+        raise RunStopped(f"{message}; after mending it, go on with --resume {folder}") from None
     if bar is not None:
         bar.update(len(images))
     return values
@@ -295,7 +297,7 @@ def collect(run, epoch):
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for reward in run.rewards.values():  # from here on they count this epoch's pictures alone
-        reward.counts.update(dict.fromkeys(reward.counts, 0))
+        reward.log_counts.update(dict.fromkeys(reward.log_counts, 0))
     prompts = sample_prompts(run.prompts, config.images, seeded(config.seed, epoch, 0),
                              config.group_size)
     indices = shard(run, config.images).split(config.sample_batch)
@@ -341,7 +343,7 @@ def reward_row(run, scores):
     alone = [*run.components]
     row |= {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if alone != [name]}
     for name, reward in run.rewards.items():
-        row |= {f"{name}_{what}": sum(gather([count])) for what, count in reward.counts.items()}
+        row |= {f"{name}_{what}": sum(gather([count])) for what, count in reward.log_counts.items()}
     return row
 
 

@@ -180,7 +180,7 @@ class Recorder:
     clock stops until this process is asked for another epoch."""
 
     def __init__(self, job, reward):
-        self.job, self.reward, self.counts = job, reward, reward.counts
+        self.job, self.reward, self.log_counts = job, reward, reward.log_counts
         self.first_step = self.rows = None
         self.waited, self.epoch, self.images, self.prompts = 0.0, 0, [], []
         sys.stdin.readline()  # asks for the first epoch

@@ -407,7 +407,7 @@ def test_a_sides_clock_stops_while_its_pictures_are_judged(tmp_path, monkeypatch
     def compress(images, prompts):
         return -torch.ones(len(images))
 
-    compress.counts = {}
+    compress.log_counts = {}
     monkeypatch.setattr(sys, "stdin", Judge())
     job = dict(folder=str(tmp_path), settings=dict(images=4), libraries=[])
     job["started"] = time.monotonic()

@@ -375,6 +375,8 @@ def test_a_run_that_is_killed_ends_with_the_same_numbers(script, settings, tmp_p
     (control, ["--lr", "0"], "above 0"), (control, ["--lr", "nan"], "finite"),
     (control, ["--kl", "-1"], "negative"), (control, ["--steps", "501"], "500"),
     (control, ["--algorithm", "rwr", "--kl", "1"], "--kl"), (control, ["--seed", "-1"], "negative"),
+    (control, ["--name", "..", "--pretrain", "1"], "outside of --out"),
+    (control, ["--name", "/tmp", "--pretrain", "1"], "outside of --out"),
     (control, ["--epochs", "many"], "--epochs"), (control, ["--reward", "x"], "--reward"),
     (control, ["--resume", "no/such/run"], "no/such/run"),
     (control, ["--resume", "LOOP"], "not that of a run of control.py"),

@@ -288,10 +288,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_numbers(run, tm
 
 COUNTING = """
 def seen(images, prompts):
-    seen.counts["pictures"] += len(images)
+    seen.log_counts["pictures"] += len(images)
     return [0.0] * len(images)
 
-seen.counts = {"pictures": 0}
+seen.log_counts = {"pictures": 0}
 """
 
 
@@ -452,6 +452,7 @@ def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
         (["--reward", "WRONG_SHAPE"], "shape"),
         (["--reward", "NAN"], "nan"),
         (["--watch", "clip:0.5"], "write clip"),
+        (["--watch", "some.py:score_std"], "_std"),
         (["--lora-rank", "4", "--lora-targets", "to_q,to_kk"], "'to_kk'"),
         (["--guidance-scale", "-2"], "guidance-scale"),
         (["--advantages", "prompt", "--buffer-size", "8"], "--min-count 16"),

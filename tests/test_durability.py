@@ -272,6 +272,9 @@ def first(state):
     (lambda state: state["config"].pop("lr"), "lr"),
     (lambda state: state.clear(), "another version"),
 ])
+    (lambda state: state["config"].update(reward="incompress"), "--reward 'incompress'"),
+    (lambda state: state["config"].update(watch="clip"), "--watch 'clip'"),
+    (lambda state: state["config"].update(eval_prompts="objects"), "--eval-prompts 'objects'"),
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_overwritten(
         run, tmp_path, capsys, change, names):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
@@ -551,7 +554,7 @@ def test_a_reward_that_fails_in_the_scorers_thread_drops_the_batches_that_wait(m
         time.sleep(0.1)
         raise training.RewardError("reward failing: raised ValueError")
 
-    failing.counts = {}
+    failing.log_counts = {}
     run.rewards = {"compress": failing}
     with pytest.raises(processes.RunStopped, match="reward failing"):
         training.collect(run, 1)

@@ -67,3 +67,15 @@ def test_activations_are_those_that_a_real_forward_pass_keeps(tmp_path):
     saving = peak_memory(ddpo.Config(**settings_that_save), pipeline=pipeline)
     assert saving["activations"] < 0.8 * parts["activations"] and saving["peak"] < parts["peak"]
     assert "of a GPU's memory" in memory.estimate(ddpo.Config(**settings), pipeline=pipeline)
+
+
+def test_the_command_line_tells_of_one_preset_or_model_or_says_what_it_does_not_know(tmp_path, capsys):
+    model = save_family(tmp_path / "model", "sd3")
+    for arguments in (["--preset=sd15-10gb", "--steps", "20"], ["--model", model], ["--preset", "emoji"]):
+        memory.main([*arguments, "--device", "cpu"])
+        line, = capsys.readouterr().out.splitlines()
+        assert "of a GPU's memory" in line
+    for arguments in (["--preset", "nope"], ["--model", str(tmp_path)]):
+        with pytest.raises(SystemExit) as stop:
+            memory.main([*arguments, "--device", "cpu"])
+        assert len(stop.value.code.splitlines()) == 1 and arguments[1] in stop.value.code

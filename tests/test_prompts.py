@@ -98,6 +98,7 @@ UNREADABLE = {
     "nul.txt": (b"a cat\na \0 dog\n", "NUL characters"),
     "array.json": (b'["a cat"]', ".json files are not read"),
     "table.csv": (b"id,prompt\n1,a cat\n", ".csv files are not read"),
+    "TABLE.CSV": (b"id,prompt\n1,a cat\n", ".CSV files are not read"),
     "rows.txt": (b'\n{"prompt": "a cat"}\n', "line 2 is JSON"),
     "text.jsonl": (b'{"prompt": "a"}\n{"text": "a cat", "id": 1}',
                    'line 2 has no "prompt", but text, id'),

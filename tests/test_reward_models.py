@@ -476,14 +476,14 @@ def test_align_compares_descriptions_with_the_prompt_and_counts_empty_ones(llava
     reward = get_reward(f"align={llava_folder}@{encoder}", "cpu")
     real = reward(images, PROMPTS)
     assert real.shape == (5,) and real.abs().max() <= 1.0001
-    assert reward.counts == {"empty_descriptions": 0}
+    assert reward.log_counts == {"empty_descriptions": 0}
     descriptions = ["a cat", "", "a dog", "", "wolves"]
     monkeypatch.setattr(rewards, "answer", lambda network, images, questions: descriptions)
     scores = reward(images, PROMPTS)
     references = [f"The image contains {prompt}" for prompt in PROMPTS]
     expected = recall_by_hand(encoder, 3, descriptions, references)
     np.testing.assert_allclose(scores, expected, atol=2e-6)
-    assert reward.counts == {"empty_descriptions": 2} and scores[1] == scores[3] == 0
+    assert reward.log_counts == {"empty_descriptions": 2} and scores[1] == scores[3] == 0
 
 
 # What cannot be loaded

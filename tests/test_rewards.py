@@ -296,6 +296,27 @@ def test_what_a_reward_switches_is_afterwards_as_it_was(images, my_file, switch)
     assert process() == before
 
 
+@pytest.mark.parametrize("draw", ["torch.rand(4)", "np.random.rand(4)", "[random.random() for _ in images]"])
+def test_a_rewards_random_numbers_follow_from_its_pictures(images, my_file, draw):
+    path = my_file(f"{IMPORTS}at_import = np.random.rand()\n"
+                   f"def mine(images, prompts): return at_import + np.asarray({draw})")
+    first, again = get_reward(f"{path}:mine"), get_reward(f"{path}:mine")
+    values = first(images, PROMPTS)
+    random.random(), np.random.rand(), torch.rand(1)  # what the process has drawn does not matter
+    assert torch.equal(first(images, PROMPTS), values) and torch.equal(again(images, PROMPTS), values)
+    assert not torch.equal(first(255 - images, PROMPTS), values)
+
+
+def test_only_what_a_reward_calls_log_counts_is_counted(images, my_file):
+    path = my_file("class Seen:\n    def __init__(self): self.counts = {'a cat': 2}\n"
+                   "    def __call__(self, images, prompts): return [1.0] * len(images)\n"
+                   "mine, wrong = Seen(), Seen()\nwrong.log_counts = ['a cat']")
+    reward = get_reward(f"{path}:mine")
+    assert reward(images, PROMPTS).tolist() == [1.0] * 4 and reward.log_counts == {}
+    with pytest.raises(RewardError, match="log_counts must be a dict"):
+        get_reward(f"{path}:wrong")
+
+
 def test_no_gradients_stay_no_gradients_after_a_reward_switched_them_on(images, my_file):
     path = my_file("import torch\ndef mine(images, prompts):\n    torch.set_grad_enabled(True)\n"
                    "    return [1.0] * len(images)")
@@ -327,17 +348,14 @@ def mine(images, prompts):
     assert get_reward(f"{path}:mine")(images, PROMPTS).tolist() == [3] * 4
 
 
-def test_a_reward_draws_on_where_it_stopped_and_the_run_does_as_well(images, my_file):
-    """Put back without a state of its own, a reward would draw the same numbers in each call."""
+def test_the_process_draws_on_where_it_stopped_before_a_reward_drew(images, my_file):
     path = my_file("import torch\ntorch.manual_seed(5)\ndef mine(images, prompts):\n"
                    "    return torch.rand(len(images))")
     torch.manual_seed(6)
     reward, run = get_reward(f"{path}:mine"), []
-    theirs = []
     for _ in range(3):
-        theirs.append(reward(images, PROMPTS))
+        reward(images, PROMPTS)
         run.append(torch.rand(4))
-    torch.testing.assert_close(torch.cat(theirs), draws(5), rtol=0, atol=0)
     torch.testing.assert_close(torch.cat(run), draws(6), rtol=0, atol=0)
 
 

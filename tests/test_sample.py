@@ -272,10 +272,33 @@ def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(small, tmp_pa
     (["--steps", "0"], "--steps 0"), (["--device", "toaster"], "toaster"), (["--images", "0"], "--images 0"),
     (["--lora", "prompts"], "--lora prompts"), (["--out", "no/such/folder/a.png"], "--out"),
     (["--eta", "2"], "--eta"), (["--seed", "18446744073709551616"], "--seed"), (["--steps", "x"], "--steps"),
-    (["--sampler", "euler"], "--sampler"), (["--batch", "0"], "--batch 0")])
+    (["--sampler", "euler"], "--sampler"), (["--batch", "0"], "--batch 0"),
+    (["--guidance-scale", "nan"], "--guidance-scale nan"), (["--guidance-scale", "-3"], "-3"),
+    (["--lora", "prompts", "--lora-scale", "nan"], "--lora-scale nan")])
 def test_what_the_command_line_cannot_do_is_one_line(tmp_path, capsys, arguments, names):
     with pytest.raises(SystemExit) as stop:
         sample.main(arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "grid.png")])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content, names", [
+    ("", "config.json: empty"), ("[1]", "list"), ('{"steps": "ten"}', "steps is 'ten'"),
+    ('{"dtype": "fp8"}', "dtype is 'fp8'"), ('{"window": "x"}', "window is 'x'"), ('{"eta": null}', "eta"),
+    ('{"sampler": "euler"}', "sampler"), ('{"model": 3}', "model")])
+def test_a_runs_settings_are_not_believed_unseen(small, tmp_path, capsys, content, names):
+    save_run(tmp_path / "run", small, 4)
+    (tmp_path / "run/config.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["--lora", str(tmp_path / "run"), "--model", small, "--out", str(tmp_path / "grid.png")])
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and names in error and "config.json" in error and "\n" not in error
+
+
+def test_strength_0_stands_beside_the_base_model_and_is_it(small, tmp_path, grids):
+    save_run(tmp_path / "run", small, 4)
+    sample.main(["--lora", str(tmp_path / "run"), "--lora-scale", "0", "--prompt", "a cat", "--images", "1",
+                 "--out", str(tmp_path / "grid.png")])
+    (rows, names, _), = grids
+    assert names == ["base: a cat", "tuned: a cat"] and torch.equal(*rows)
