@@ -161,7 +161,8 @@ def fine_tune(run):
         advantages = group_advantages(reward, config.group_size).clamp(-5, 5)
 
         # 4. update: RWR gets as many rows through the network as DDPO, with t and ε drawn anew
-        totals, ratio_error = torch.zeros(4), 0.0  # totals: loss, (log ρ)²/2, clipped, divergence
+        totals = torch.zeros(4)  # loss, (log ρ)²/2, clipped, divergence
+        ratio_error, grad_norms = 0.0, []
         parts = zip(scenes.split(config.batch), advantages.split(config.batch), sampled)
         for update, (scene, advantage, (chain, old_log_probs)) in enumerate(parts):
             optimizer.zero_grad()
@@ -186,12 +187,13 @@ def fine_tune(run):
                     totals[3] += divergence.mean().item()
                 (loss.mean() / config.steps).backward()
                 totals[0] += loss.mean().item()
-            grad_norm = apply_gradients(model, optimizer)
+            grad_norms.append(apply_gradients(model, optimizer))
 
         # 5. log
         row = {"epoch": epoch, "plans": epoch * len(scenes), "reward_mean": reward.mean().item(),
                "reward_std": reward.std(correction=0).item(),
-               "success": seen["success"].mean().item(), "grad_norm": grad_norm}
+               "success": seen["success"].mean().item(),
+               "grad_norm": sum(grad_norms) / len(grad_norms)}
         means = (totals / len(sampled) / config.steps).tolist()
         names = ["loss"] if config.algorithm == "rwr" else ["loss", "approx_kl", "clip_fraction"]
         row |= dict(zip(names + ["kl"] * (config.kl > 0), means))

@@ -15,7 +15,7 @@ picture, so every step of a picture gets that picture's advantage A. Two estimat
 
 SF is right for pictures of the present policy only: one update an epoch. IS is clipped as in PPO, and
 makes several. Everything random in an epoch is drawn from (seed, epoch, index of the picture), so a run
-that is killed and resumed gives the same numbers, on any number of processes.
+that is killed and resumed gives the same numbers (on a GPU up to sums that have no fixed order).
 """
 
 import math
@@ -115,8 +115,8 @@ class PromptStats:
 
 def group_advantages(rewards, group_size):
     """(B,) float32. Groups are consecutive pictures of one prompt. Each is compared with the mean of
-    the *others* of its group (its own reward in the baseline would shrink the gradient by
-    1/group_size), in units of the batch's std of that difference."""
+    the *others* of its group, in units of the batch's std of that difference. With its own reward in
+    the baseline it would be smaller by 1/group_size, and so would the unit."""
     groups = exact(rewards).view(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     difference = (groups - others).flatten()

@@ -88,7 +88,8 @@ def nft_loss(output, old, target, r, beta, slope=None):
 
 def awm_loss(output, old, target, r, beta, slope=None, clip_range=1.0):
     """(B,) AWM: DDPO-IS with −matching_error for log p, plus β ‖v_θ − v_old‖², which alone bounds the
-    error of a bad picture. Inputs as in nft_loss."""
+    error of a bad picture, one with 2r − 1 > −β. With a slope 2r − 1 counts as many times as the adaptive
+    weight says, and that is large at the noisy steps. Inputs as in nft_loss."""
     log_prob, old_log_prob = (-matching_error(v, target, slope) for v in (output, old))
     ratio_term = is_loss(log_prob, old_log_prob, 2 * r - 1, clip_range)
     return ratio_term + beta * matching_error(output, old)
@@ -109,7 +110,7 @@ def check(config):
         refuse(config, "old_ceiling", "must be below 1, where v_old would stand still")
     if config.group_size < 2:
         refuse(config, "group_size", "a group needs at least 2 pictures to compare")
-    config.beta = config.beta or {"nft": 0.2, "awm": 0.5}[config.loss]  # awm's must exceed most |2r − 1|
+    config.beta = config.beta or {"nft": 0.2, "awm": 0.5}[config.loss]  # see awm_loss
     suffix = "" if config.name else f"-{config.loss}"
     config = settings.check(config)
     config.name += suffix  # beside the runs of ddpo.py

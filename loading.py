@@ -236,13 +236,20 @@ def load_tuned(pipeline, folder, scale, dtype):
                 parameter.data = torch.lerp(base[key].data, parameter.data, scale)
             setattr(pipeline, name, tuned)
         elif adapter.exists():
-            wanted = sum(not key.endswith("alpha") for key in load_file(adapter))
+            tensors = load_file(adapter)
+            wanted = sum(not key.endswith("alpha") for key in tensors)
             pipeline.load_lora_weights(str(folder), weight_name=adapter.name, adapter_name="tuned")
             loaded = sum(".tuned." in key for module in (network, *text_encoders(pipeline))
                          for key, _ in module.named_parameters())
             if loaded != wanted:
                 raise ValueError(f"of the {wanted} tensors in its adapter the model takes {loaded}")
             pipeline.set_adapters(["tuned"], [scale])
+            # diffusers rounds it to the network's dtype, and a run trains it in float32
+            exact = {key.removeprefix(f"{name}.").replace(".weight", ".tuned.weight"): value
+                     for key, value in tensors.items()}
+            for key, parameter in network.named_parameters():
+                if ".tuned." in key:
+                    parameter.data = exact.get(key, parameter.data).float()
         else:
             raise ValueError(f"no {adapter.name} and no {name}/ in it")
         if not all(p.isfinite().all() for p in denoiser(pipeline).parameters()):

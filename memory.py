@@ -144,7 +144,7 @@ def peak_memory(config, world=1, pipeline=None):
     pipeline: as load_pipeline gives it; without one, config.model is one of NETWORKS."""
     facts = preset_facts(config) if pipeline is None else pipeline_facts(pipeline)
     (kind, network), (vae_kind, vae), readers, shapes, latents_shape = facts
-    dtype, whole = models.DTYPES[config.dtype or "bf16"], not config.lora_rank
+    dtype, whole = models.DTYPES[config.dtype or "fp16"], not config.lora_rank
     is_flux = kind is FluxTransformer2DModel
     width = 4 if whole or dtype == torch.float32 else 2  # bytes of a weight that is not trained
     with torch.device("meta"):
@@ -173,8 +173,10 @@ def peak_memory(config, world=1, pipeline=None):
     moments = 2 if config.optimizer == "adamw8bit" else 8
     parts = {
         "weights": total * width + (0 if config.offload else readers * width + decoder),
-        # gradient, moments, average, an adapter's weights; the base model beside a whole one for --kl
-        "training": trained * (4 + moments + (4 if config.ema else 0) + (0 if whole else 4))
+        # gradient and its copy that processes sum, moments, average, an adapter's weights; what
+        # forward.py holds of v_old and beside it; the base model beside a whole one for --kl
+        "training": trained * (4 + (4 if world > 1 else 0) + moments + (4 if config.ema else 0)
+                               + (0 if whole else 4) + (8 if hasattr(config, "old_rise") else 0))
         + (total * 4 if whole and getattr(config, "kl", 0) else 0),
         "activations": kept,
         "latents and embeddings": (0 if config.offload else latents) + prompts,

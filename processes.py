@@ -53,12 +53,17 @@ def reduce(tensor, operation=dist.ReduceOp.SUM):
     return tensor
 
 
+# Errors of this process that may only show in a collective, where a GPU is waited for. All are
+# RuntimeErrors; AcceleratorError is new in torch 2.8
+OURS = torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+
+
 @contextlib.contextmanager
 def peers():
     """Raises PeerLost where a collective fails because another process has ended."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except OURS:
         raise
     except RuntimeError as error:  # gloo's; NCCL's are subclasses of it
         reason = str(error).splitlines()[0]

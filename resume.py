@@ -99,7 +99,7 @@ def check_checkpoint(saved, run):
             for name in ("exp_avg", "exp_avg_sq"):
                 check_tensors(f"optimizer: {name}", [moments[i][name] for i in range(count)])
         for i, values in moments.items():
-            if not all(torch.as_tensor(value).isfinite().all() for value in values.values()):
+            if not all(torch.as_tensor(value).isfinite().all() for value in leaves(values)):
                 refuse(f"optimizer: the state of tensor {i} is not finite")
         scaler = saved["scaler"]
         finite = all(map(math.isfinite, scaler.values()))
@@ -107,6 +107,12 @@ def check_checkpoint(saved, run):
             refuse(f"scaler: not one of --dtype {run.config.dtype}")
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
         refuse(f"optimizer or scaler: damaged ({type(error).__name__})")
+
+
+def leaves(state):
+    """The values of an optimizer's state: that of bitsandbytes has dicts in it."""
+    for value in state.values():
+        yield from leaves(value) if isinstance(value, dict) else [value]
 
 
 def check_rows(run, epoch, rows):

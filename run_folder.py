@@ -154,6 +154,8 @@ def save_weights(pipeline, config, folder):
         if config.lora_rank:
             # keys as peft has them, for every layer: of a file with two styles of keys diffusers drops one
             layers = get_peft_model_state_dict(getattr(pipeline, name))
+            # safetensors takes no convolution in channels_last, which a GPU and --compile have
+            layers = {key: value.contiguous() for key, value in layers.items()}
             pipeline.save_lora_weights(scratch, **{f"{name}_lora_layers": layers})
         else:
             getattr(pipeline, name).save_pretrained(scratch)

@@ -273,6 +273,9 @@ def check_machine(config):
         refuse(config, "cuda_graph", "needs a CUDA device; leave it out")
     if config.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         refuse(config, "optimizer", "needs bitsandbytes; pip install bitsandbytes, or choose adamw")
+    if config.optimizer == "adamw8bit" and config.cuda_graph and not config.lora_rank:
+        refuse(config, "optimizer", "puts weights in new places, which --cuda-graph would not see; leave "
+               "out one of them, or train a --lora-rank")
     kernels.BACKEND = config.kernels
     kernels.use_triton(torch.empty(0, device=config.device))  # raises where triton cannot run
     config.dtype = config.dtype or default_dtype(config.device)

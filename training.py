@@ -120,8 +120,9 @@ def set_up(config, folder, resume, reference):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # for the VAE, and for the UNet with --dtype fp32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # Matrix products of a network in float32. It holds for the rewards, too, whose differences are
+        # small, so only then. Convolutions, the VAE's for one, have it from torch.
+        torch.backends.cuda.matmul.allow_tf32 = dtype == torch.float32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -247,7 +248,7 @@ def remedy(run):
     if run.updates:
         lower = f"start again with an --lr below {config.lr:g}"
         return lower + (f", or a --kl below {kl:g}" if kl > 1 else "")
-    return ("nothing has been trained yet, so choose --dtype fp32, a --guidance-scale below "
+    return ("nothing has been trained yet, so choose --dtype bf16 or fp32, a --guidance-scale below "
             f"{config.guidance_scale:g}, or smaller weights in --reward")
 
 

@@ -199,7 +199,8 @@ def fused_ppo_loss(
     batch, device = len(latents), latents.device
     elements, block, blocks, split = division(latents)
     split = split or blocks > BLOCKS_PER_PROGRAM
-    loss, log_prob, ratio = torch.empty(3, batch, dtype=torch.float32, device=device)
+    # three, not rows of one: Triton compiles again for an address that is not a multiple of 16
+    loss, log_prob, ratio = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(3))
     clipped = torch.empty(batch, dtype=torch.bool, device=device)
     grad = torch.empty_like(noise_pred)
     block_sums = None

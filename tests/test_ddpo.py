@@ -18,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import ddpo
+import processes
 import scripts
 from ddpo import (
     Config,
@@ -28,12 +29,12 @@ from ddpo import (
     is_loss,
     sf_loss,
 )
-from scripts import finish, flags, numbers
 from models import default_dtype
+from scripts import finish, flags, numbers
 from run_folder import load_checkpoint, read_metrics, save_checkpoint, save_weights
 from sample import load_pipeline
-
 from stable_diffusion import save_pipeline
+
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
     images=8,
@@ -313,9 +314,9 @@ def test_what_a_reward_counts_is_of_each_epochs_pictures_also_after_a_resume(tmp
 def test_two_processes_train_like_one(tmp_path):
     (tmp_path / "seen.py").write_text(COUNTING)
     settings = SMALL | dict(
-        dtype="fp32",
         model=save_pipeline(tmp_path / "model"),
         preset="emoji",
+        dtype="fp32",
         sample_batch=2,
         train_batch=2,
         lr=1e-4,
@@ -451,8 +452,8 @@ def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
         (["--epochs", "x"], "epochs"),
         (["--reward", "WRONG_SHAPE"], "shape"),
         (["--reward", "NAN"], "nan"),
-        (["--watch", "clip:0.5"], "write clip"),
         (["--watch", "some.py:score_std"], "_std"),
+        (["--watch", "clip:0.5"], "write clip"),
         (["--lora-rank", "4", "--lora-targets", "to_q,to_kk"], "'to_kk'"),
         (["--guidance-scale", "-2"], "guidance-scale"),
         (["--advantages", "prompt", "--buffer-size", "8"], "--min-count 16"),
@@ -512,6 +513,36 @@ def test_each_process_needs_a_picture_to_look_at_and_takes_its_own_gpu_also_afte
     for device in ("cuda", "cuda:0"):  # as given, and as the config.json of rank 0 has it
         ddpo.check(Config(device=device, images=64))
     assert set(used) == {"cuda:1"}
+
+
+def test_the_default_dtype_is_one_that_this_machine_is_fast_in():
+    seconds = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        matrix, times = torch.ones(256, 256, dtype=dtype), []
+        for _ in range(5):
+            clock = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - clock)
+        seconds[name] = min(times)
+    # without instructions for bf16 it takes fifty to a hundred times as long, with them less than fp32
+    assert seconds[ddpo.check(ddpo.Config(device="cpu")).dtype] < 4 * min(seconds.values())
+
+
+def test_a_gpu_computes_in_fp16_but_for_flux_and_trains_in_the_batches_it_samples_in():
+    assert default_dtype("cuda:1") == "fp16"  # whose rounding the clip range bears
+    for name, preset in ddpo.PRESETS.items():
+        assert name == "emoji" or preset["sample_batch"] == preset["train_batch"]
+        assert preset.get("dtype") == ("bf16" if "flux" in name else None)
+
+
+@pytest.mark.parametrize("error, raised", [
+    (RuntimeError("Connection closed by peer"), processes.PeerLost),
+    (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError),
+    (processes.OURS[-1]("an illegal memory access"), processes.OURS[-1]),
+])
+def test_only_what_the_others_did_is_put_down_to_them(error, raised):
+    with pytest.raises(raised), processes.peers():
+        raise error
 
 
 def test_the_shipped_model_has_its_preset_however_its_path_is_written():

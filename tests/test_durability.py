@@ -264,17 +264,19 @@ def first(state):
     (lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)), "exp_avg"),
     (lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq"), "optimizer"),
     (lambda state: state["optimizer"]["state"][0].update(step=torch.tensor(float("nan"))), "not finite"),
+    (lambda state: state["optimizer"]["state"][0].update(nested={"absmax": torch.full((2,), float("inf"))}),
+     "not finite"),
     (lambda state: state.update(optimizer=[]), "optimizer"),
     (lambda state: state.update(scaler={"scale": 1.0}), "scaler"),
     (lambda state: state.update(epoch=-1), "-1"),
     (lambda state: state.update(epoch="2"), "'2'"),
     (lambda state: [state.pop(key) for key in ("config", "scaler")], "another version"),
     (lambda state: state["config"].pop("lr"), "lr"),
-    (lambda state: state.clear(), "another version"),
-])
     (lambda state: state["config"].update(reward="incompress"), "--reward 'incompress'"),
     (lambda state: state["config"].update(watch="clip"), "--watch 'clip'"),
     (lambda state: state["config"].update(eval_prompts="objects"), "--eval-prompts 'objects'"),
+    (lambda state: state.clear(), "another version"),
+])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_overwritten(
         run, tmp_path, capsys, change, names):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
@@ -284,6 +286,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_overwritten(
     before = contents(folder)
     assert names in refusal(capsys, ["--resume", str(folder)])
     assert contents(folder) == before
+
+
+def test_an_optimizers_state_may_be_nested_as_that_of_bitsandbytes_is(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    state = load_checkpoint(folder / "checkpoint")
+    for values in state["optimizer"]["state"].values():
+        values["quantisation"] = {"absmax": torch.ones(2), "map": torch.arange(4, dtype=torch.uint8)}
+    torch.save(state, folder / "checkpoint/epoch_000002.pt")
+    ddpo.main(["--resume", str(folder), "--epochs", "3"])
+    assert numbers(folder)[:3] == numbers(run) and len(numbers(folder)) == 4
 
 
 def test_a_run_is_gone_on_with_by_the_script_that_made_it(run, tmp_path, capsys):

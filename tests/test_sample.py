@@ -113,15 +113,15 @@ def test_guidance_in_the_step_is_guidance_before_the_step():
     torch.testing.assert_close(fused, ddim_step(uncond + 4.0 * (cond - uncond), x, table[3], x_next)[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stored_walk_scores_as_it_did_when_it_was_sampled(pipeline, dtype):
+@pytest.mark.parametrize("dtype, steps", [(torch.float32, 6), (torch.bfloat16, 2)])
+def test_a_stored_walk_scores_as_it_did_when_it_was_sampled(pipeline, dtype, steps):
     prompts = ["a cat", "a dog", "a fox"]
     generator = torch.Generator().manual_seed(0)
-    walk = sample_trajectories(pipeline, prompts, 6, 4.0, generator=generator, dtype=dtype)
-    assert walk.latents.shape == (3, 7, 8, 16, 16) and walk.latents.dtype == torch.float32
-    assert walk.log_probs.shape == (3, 6) and walk.timesteps.shape == (6,)
+    walk = sample_trajectories(pipeline, prompts, steps, 4.0, generator=generator, dtype=dtype)
+    assert walk.latents.shape == (3, steps + 1, 8, 16, 16) and walk.latents.dtype == torch.float32
+    assert walk.log_probs.shape == (3, steps) and walk.timesteps.shape == (steps,)
     assert walk.images.shape == (3, 3, 64, 64) and walk.images.dtype == torch.uint8
-    _, table = ddim_table(pipeline.scheduler, 6)
+    _, table = ddim_table(pipeline.scheduler, steps)
     embeds, negative = encode_prompts(pipeline, prompts), encode_prompts(pipeline, [""])
     for step, t in enumerate(walk.timesteps):
         x, x_next = walk.latents[:, step], walk.latents[:, step + 1]
@@ -206,6 +206,15 @@ def save_run(folder, model, lora_rank, **settings):
     save_weights(pipeline, config, folder)
     defaults = dict(model=model, steps=3, guidance_scale=4.0, eta=1.0, lora_rank=lora_rank, dtype="fp32")
     (folder / "config.json").write_text(json.dumps(defaults | settings))
+
+
+def test_an_adapter_stays_float32_whatever_the_network_computes_in(small, tmp_path):
+    save_run(tmp_path / "run", small, 4)
+    exact, half = (load_pipeline(small, "cpu", dtype, lora=tmp_path / "run").unet.state_dict()
+                   for dtype in (torch.float32, torch.bfloat16))
+    adapter = [key for key in exact if ".tuned." in key]
+    assert adapter and all(torch.equal(half[key], exact[key]) for key in adapter)
+    assert half["conv_in.weight"].dtype == torch.bfloat16
 
 
 @pytest.fixture

@@ -107,6 +107,7 @@ def test_an_adapter_on_any_layer_comes_back_whole_in_plain_diffusers_and_here(
     with torch.no_grad():
         for p in parameters:
             p.normal_(0, 0.1)
+    pipeline.unet.to(memory_format=torch.channels_last)  # as on a GPU, and with --compile
     save_weights(pipeline, config, tmp_path / "run")
     plain = StableDiffusionPipeline.from_pretrained(epsilon_model)
     plain.load_lora_weights(str(tmp_path / "run"))
