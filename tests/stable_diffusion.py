@@ -1,6 +1,8 @@
 """A random StableDiffusionPipeline of the real classes, small enough for a test: what is claimed of
 SD 1.5 and 2.1 is shown on it."""
 
+import functools
+import tempfile
 from pathlib import Path
 
 import torch
@@ -31,3 +33,10 @@ def save_pipeline(folder, prediction_type="epsilon", unet_class=UNet2DConditionM
     StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
                             feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
     return str(folder)
+
+
+@functools.cache
+def small_model():
+    """The folder of one, for all tests of a process that ask for nothing special."""
+    small_model.folder = tempfile.TemporaryDirectory()  # gone when the process ends
+    return save_pipeline(Path(small_model.folder.name) / "model")

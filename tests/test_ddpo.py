@@ -33,10 +33,12 @@ from models import default_dtype
 from scripts import finish, flags, numbers
 from run_folder import load_checkpoint, read_metrics, save_checkpoint, save_weights
 from sample import load_pipeline
-from stable_diffusion import save_pipeline
+from stable_diffusion import small_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
+    model=small_model(),
+    preset="emoji",
     images=8,
     sample_batch=4,
     train_batch=4,
@@ -48,6 +50,7 @@ SMALL = dict(
     watch="",
     updates=2,
     lora_rank=8,
+    lr=3e-3,
     device="cpu",
 )
 
@@ -179,7 +182,8 @@ def test_a_run_leaves_what_the_readme_says(run):
     "settings", [dict(dtype="fp32"), dict(), dict(lora_rank=0)]
 )  # and in bf16, where it is the default: elsewhere it takes minutes
 def test_the_ratio_is_one_before_the_first_update(tmp_path, settings):
-    folder = ddpo.train(Config(out=str(tmp_path), **SMALL | settings))
+    settings = SMALL | dict(model="models/emoji") | settings
+    folder = ddpo.train(Config(out=str(tmp_path), **settings))
     assert [row["ratio_error"] for row in read_metrics(folder / "metrics.jsonl")[1:]] == [0.0, 0.0]
 
 
@@ -200,7 +204,7 @@ def test_every_variant_runs_and_changes_the_weights(tmp_path, settings):
     if settings.get("lora_rank") == 0:
         tuned, base = (
             load_file(folder_ / "unet/diffusion_pytorch_model.safetensors")
-            for folder_ in (folder, ROOT / "models/emoji")
+            for folder_ in (folder, Path(small_model()))
         )
         assert any(not torch.equal(tuned[key], base[key].float()) for key in tuned)
     else:
@@ -314,8 +318,6 @@ def test_what_a_reward_counts_is_of_each_epochs_pictures_also_after_a_resume(tmp
 def test_two_processes_train_like_one(tmp_path):
     (tmp_path / "seen.py").write_text(COUNTING)
     settings = SMALL | dict(
-        model=save_pipeline(tmp_path / "model"),
-        preset="emoji",
         dtype="fp32",
         sample_batch=2,
         train_batch=2,
@@ -395,7 +397,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
 
 def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
     def draw(pipeline):
-        noise = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         return pipeline(
             ["a cat", "a fox"],
             num_inference_steps=5,
@@ -404,17 +406,15 @@ def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
             output_type="pt",
         ).images
 
-    plain = StableDiffusionPipeline.from_pretrained(
-        ROOT / "models/emoji", torch_dtype=torch.float32
-    )
+    plain = StableDiffusionPipeline.from_pretrained(small_model(), torch_dtype=torch.float32)
     plain.set_progress_bar_config(disable=True)
     base = draw(plain)
     plain.load_lora_weights(str(run))
-    plain.scheduler = load_pipeline().scheduler
+    plain.scheduler = load_pipeline(small_model(), "cpu").scheduler
     tuned = draw(plain)
     assert (tuned - base).abs().max() > 1e-3
     torch.testing.assert_close(
-        tuned, draw(load_pipeline("models/emoji", "cpu", lora=run)), rtol=0, atol=2e-3
+        tuned, draw(load_pipeline(small_model(), "cpu", lora=run)), rtol=0, atol=2e-3
     )
 
 

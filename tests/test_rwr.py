@@ -19,9 +19,12 @@ from scripts import finish, flags, numbers
 from run_folder import load_checkpoint, read_metrics
 from rwr import Config, denoising_loss, exp_weights, sparse_weights, weigh
 from sample import encode_prompts, load_pipeline
+from stable_diffusion import small_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
+    model=small_model(),
+    preset="emoji",
     images=8,
     sample_batch=4,
     train_batch=4,
@@ -321,7 +324,9 @@ def test_it_learns_to_denoise_the_pictures_that_count(tmp_path, monkeypatch):
             weights="sparse",
             per_prompt=False,
             top=0.25,
-            **SMALL | dict(epochs=1, steps=6, inner_epochs=25, updates=1, train_batch=8, ema=0.0),
+            **SMALL
+            | dict(model="models/emoji", epochs=1, steps=6)
+            | dict(inner_epochs=25, updates=1, train_batch=8, ema=0.0),
         )
     )
     (prompts, trajectories, _, _), weights = seen
