@@ -170,8 +170,9 @@ def fit(run):
                 with using(parameters, old):  # without gradients
                     v_old = guided(predict(network, *inputs, run.dtype), guidance_scale)
                 output = predict(network, *inputs, run.dtype)
-                v, slope = guided(output, guidance_scale), slope if config.weighting == "adaptive" else None
-                common = v, v_old, target, r[index].to(device), config.beta, slope
+                v = guided(output, guidance_scale)
+                weighed = slope if config.weighting == "adaptive" else None
+                common = v, v_old, target, r[index].to(device), config.beta, weighed
                 loss = nft_loss(*common) if config.loss == "nft" else awm_loss(*common, config.clip_range)
                 reference = reference_output(run, *inputs) if config.kl else output.detach()
                 kl = kl_loss(output, reference, guidance_scale).sum()
