@@ -200,7 +200,8 @@ def estimate(config, world=1, pipeline=None):
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = [["--preset", name] for name in PRESETS if name != "emoji"]
-    if any(argument.startswith(("--pre", "--mod", "--res")) for argument in arguments):  # abbreviated, too
+    one = "--pre", "--mod", "--resum"  # of --preset, --model, --resume, which may be abbreviated
+    if any(argument.startswith(one) for argument in arguments):
         chosen = [[]]
     try:
         for preset in chosen:

@@ -75,6 +75,9 @@ def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
     return timesteps, alpha_bar.double().sqrt(), (1 - alpha_bar.double()).sqrt()
 
 
+WINDOW, WINDOW_SHIFT = r"(\d+):(\d+)", r"([1-9]\d*)/([1-9]\d*)"  # first:end, steps/epochs
+
+
 def window_places(steps, window="", shift=""):
     """[(first, end)] of the steps that are actions: more than one place, where the window moves.
 
@@ -347,8 +350,8 @@ def run_settings(lora):
     if not lora or not (folder / "config.json").exists():
         return {}
     run = read_config(folder)
-    forms = {"dtype": "|".join(DTYPES), "sampler": "|".join(ETAS), "window": r"(\d+:\d+)?",
-             "window_shift": r"([1-9]\d*/[1-9]\d*)?"}
+    forms = {"dtype": "|".join(DTYPES), "sampler": "|".join(ETAS), "window": f"({WINDOW})?",
+             "window_shift": f"({WINDOW_SHIFT})?"}
     for key, like in (DRAWING | {"model": "", "steps": 1, "eta": 1.0}).items():
         value = run.get(key, like)
         kinds = (float, int) if type(like) is float else (type(like),)
@@ -443,8 +446,9 @@ def main(arguments=None):
 
     labels = [(None, "")]
     if args.lora:
-        labels = [(scale, f"strength {scale:g}: ") for scale in args.lora_scale]
-        labels = [(0.0, "base: "), *([(args.lora_scale[0], "tuned: ")] if len(labels) == 1 else labels)]
+        names = [f"strength {scale:g}: " for scale in args.lora_scale]
+        names = ["tuned: "] if len(names) == 1 else names
+        labels = [(0.0, "base: "), *zip(args.lora_scale, names)]
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # a seed has a column
     batches = [jobs[i:i + run["sample_batch"]] for i in range(0, len(jobs), run["sample_batch"])]
     drawn, cache = {}, {}

@@ -20,7 +20,7 @@ from loading import default_device, is_emoji
 from models import DTYPES, default_dtype
 from rewards import parse_reward
 from run_folder import read_config
-from sample import ETAS, MAX_ETAS
+from sample import ETAS, MAX_ETAS, WINDOW, WINDOW_SHIFT
 
 
 @dataclass
@@ -166,7 +166,7 @@ def check(config):
                   sampler=("", *ETAS))
     if not 0 <= config.ema < 1:
         refuse(config, "ema", "must be 0 (none) or below 1")
-    window = re.fullmatch(r"(\d+):(\d+)", config.window or f"0:{config.steps}")
+    window = re.fullmatch(WINDOW, config.window or f"0:{config.steps}")
     if not window or not int(window[1]) < int(window[2]) <= config.steps:
         refuse(config, "window", "give the first step and the one after the last, such as "
                f"0:{config.steps // 2}, of --steps {config.steps}")
@@ -195,8 +195,8 @@ def check(config):
     for name in watched(config):
         if parse_reward(name) != {name: 1.0}:
             refuse(config, "watch", f"a watched metric has no weight; write {name.rpartition(':')[0]}")
-    for setting in ("reward", "watch"):
-        if any(name.endswith("_std") for name in parse_reward(getattr(config, setting) or "compress")):
+    for setting, names in (("reward", parse_reward(config.reward)), ("watch", watched(config))):
+        if any(name.endswith("_std") for name in names):
             refuse(config, setting, "a name that ends in _std means the spread of a metric in the log; "
                    "rename the function")
     return config
@@ -236,7 +236,7 @@ def check_window_shift(config):
     """Whether the window can move as --window-shift says."""
     if not config.window_shift:
         return
-    shift = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", config.window_shift)
+    shift = re.fullmatch(WINDOW_SHIFT, config.window_shift)
     if not shift:
         refuse(config, "window_shift", "give steps/epochs, such as 2/5: on by 2 steps every 5 epochs")
     if not config.window:

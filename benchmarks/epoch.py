@@ -223,6 +223,12 @@ def record_as(path, name, record):
     Path(path).write_text(json.dumps(records | {name: record}, indent=1) + "\n")
 
 
+def print_tables(path, table):
+    """--table: what table(record) makes of each record in the file."""
+    for name, record in json.loads(Path(path).read_text()).items():
+        print(f"{name}\n\n{table(record)}\n")
+
+
 def summarise(rows, images):
     """{variant: what the table shows}."""
     reference = rows[next(iter(rows))]
@@ -295,8 +301,7 @@ def main(arguments=None):
     parser.add_argument("--table", action="store_true", help="only print what --out holds")
     args = parser.parse_args(arguments)
     if args.table:
-        for name, record in json.loads(Path(args.out).read_text()).items():
-            print(f"{name}\n\n{table(record)}\n")
+        print_tables(args.out, table)
         return
 
     import torch

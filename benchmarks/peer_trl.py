@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
 from benchmarks.epoch import PHASES, command_line, count_rows, launch, machine, model_folder, ratios
-from benchmarks.epoch import markdown, record_as, setting, take_turns, times_faster, versions
+from benchmarks.epoch import markdown, print_tables, record_as, setting, take_turns, times_faster, versions
 from benchmarks.epoch import __file__ as OUR_WORKER
 
 EMOJI = dict(
@@ -235,8 +235,7 @@ def main(arguments=None):
     parser.add_argument("--table", action="store_true", help="only print what --out holds")
     args = parser.parse_args(arguments)
     if args.table:
-        for name, record in json.loads(Path(args.out).read_text()).items():
-            print(f"{name}\n\n{table(record)}\n")
+        print_tables(args.out, table)
         return
     if not args.trl_python:
         parser.exit(2, "--trl-python: give the interpreter of an environment with TRL 0.23.1; "

@@ -13,7 +13,6 @@ record is written to benchmarks/rounding.json.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
-from benchmarks.epoch import command_line, machine, markdown, record_as
+from benchmarks.epoch import command_line, machine, markdown, print_tables, record_as
 from sample import DTYPES, ddim_step, ddim_table, encode_prompts, latents_shape
 from sample import load_pipeline, predict
 
@@ -83,8 +82,7 @@ def main(arguments=None):
     parser.add_argument("--table", action="store_true", help="only print what --out holds")
     args = parser.parse_args(arguments)
     if args.table:
-        for name, record in json.loads(Path(args.out).read_text()).items():
-            print(f"{name}\n\n{table(record)}\n")
+        print_tables(args.out, table)
         return
     torch.manual_seed(0)
     pipeline = load_pipeline(args.model or str(ROOT / "models/emoji"), dtype=torch.float32)

@@ -69,12 +69,18 @@ def test_activations_are_those_that_a_real_forward_pass_keeps(tmp_path):
     assert "of a GPU's memory" in memory.estimate(ddpo.Config(**settings), pipeline=pipeline)
 
 
-def test_the_command_line_tells_of_one_preset_or_model_or_says_what_it_does_not_know(tmp_path, capsys):
+def test_the_command_line_tells_of_one_preset_or_model_or_says_what_it_does_not_know(
+        tmp_path, capsys, monkeypatch):
     model = save_family(tmp_path / "model", "sd3")
     for arguments in (["--preset=sd15-10gb", "--steps", "20"], ["--model", model], ["--preset", "emoji"]):
         memory.main([*arguments, "--device", "cpu"])
         line, = capsys.readouterr().out.splitlines()
         assert "of a GPU's memory" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "estimate", lambda config, *_: str(config.resolution))
+        memory.main(["--resolution", "256"])
+    presets = [f"{name}: 256" for name in ddpo.PRESETS if name != "emoji"]
+    assert capsys.readouterr().out.splitlines() == presets
     for arguments in (["--preset", "nope"], ["--model", str(tmp_path)]):
         with pytest.raises(SystemExit) as stop:
             memory.main([*arguments, "--device", "cpu"])
