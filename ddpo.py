@@ -47,7 +47,7 @@ class Config(Settings):
         # one prompt in an epoch), batch
     buffer_size: int = 32  # rewards remembered for each prompt
     min_count: int = 16  # rewards of a prompt before its own statistics replace the batch's
-    advantage_clip: float = 5.0  # largest |A|
+    advantage_clip: float = 5.0  # largest |A|, of each component of a mixture
     train_first: float = 0.5  # share of the steps, from the first on, that are trained: they decide
         # the content of a picture, the others its sharpness
     timestep_fraction: float = 1.0  # share of these that is trained for each picture, drawn anew
@@ -199,17 +199,17 @@ def fit(run):
 
 
 def mixed_advantages(run, prompts, scores, statistics):
-    """(images,) over all processes: each component of the reward in its own units, weighted."""
-    config = run.config
-    advantages = torch.zeros(config.images)
+    """(images,) over all processes: each component in its own units, clipped, then weighted."""
+    config, total = run.config, torch.zeros(run.config.images)
     for name, weight in run.components.items():
         if config.advantages == "prompt":
-            advantages += weight * statistics[name].advantages(prompts, scores[name])
+            advantages = statistics[name].advantages(prompts, scores[name])
         elif config.advantages == "group":
-            advantages += weight * group_advantages(scores[name], config.group_size)
+            advantages = group_advantages(scores[name], config.group_size)
         else:
-            advantages += weight * batch_advantages(scores[name])
-    return advantages.clamp(-config.advantage_clip, config.advantage_clip)
+            advantages = batch_advantages(scores[name])
+        total += weight * advantages.clamp(-config.advantage_clip, config.advantage_clip)
+    return total
 
 
 def epoch_steps(run, epoch):

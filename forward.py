@@ -151,7 +151,8 @@ def fit(run):
 
         # 3. advantages
         advantages = mixed_advantages(run, prompts, scores, None) * (config.advantages != "zero")
-        r = optimality(advantages, config.advantage_clip)
+        largest = config.advantage_clip * sum(map(abs, run.components.values()))  # of a mixture
+        r = optimality(advantages, largest)
 
         # 4. update
         totals, grad_norms = torch.zeros(3, device=device), []

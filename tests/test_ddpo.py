@@ -11,6 +11,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,17 @@ def test_a_prompt_is_compared_with_the_batch_until_it_has_enough_rewards_then_wi
     assert second.dtype == torch.float32
     stats.advantages(["a", "a"], [7.0, 9.0])
     assert list(stats.buffers["a"]) == [3.0, 5.0, 7.0, 9.0]  # the oldest is forgotten
+
+
+def test_large_weights_of_a_mixture_keep_their_proportion():
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(16, generator=generator).tolist() for name in ("a", "b")}
+
+    def mixed(**weights):
+        config = Config(images=16, group_size=4)
+        return ddpo.mixed_advantages(SimpleNamespace(config=config, components=weights), [], scores, None)
+
+    torch.testing.assert_close(mixed(a=30.0, b=-70.0) / 100, mixed(a=0.3, b=-0.7))
 
 
 def test_equal_rewards_have_no_advantage():

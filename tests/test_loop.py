@@ -53,7 +53,7 @@ def advantages_by_hand(rewards, config):
         dict(step_weights="equal"),
         dict(advantage_clip=0.5),
         dict(lora_rank=4),
-        dict(reward="compress:2,incompress:-1"),
+        dict(reward="compress:200,incompress:-100", advantage_clip=2.0),
         dict(kl=0.3),
     ],
 )
@@ -80,10 +80,11 @@ def test_the_first_updates_gradient_is_that_of_the_formula(model, tmp_path, monk
     for p in run.parameters:
         p.grad = None
     prompts, trajectories, scores, _ = seen[0]
+    most = config.advantage_clip
     advantages = sum(
-        weight * advantages_by_hand(scores[name], config) for name, weight in run.components.items()
+        weight * advantages_by_hand(scores[name], config).clamp(-most, most)
+        for name, weight in run.components.items()
     )
-    advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
     _, table = ddim_table(run.pipeline.scheduler, config.steps, 1.0)
     weights = torch.ones(config.steps)
     if config.step_weights == "equal":
