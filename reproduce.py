@@ -13,7 +13,7 @@
 experiments.py has the commands that are run, reproduce_figures.py the drawing. Experiments share
 runs. An interrupted run goes on where it stopped, a finished one is not run again. --jobs 2 runs
 two at a time on half of the cores each, which gets more done than one on all of them;
-`fewer_steps` and `samplers` compare times, so nothing else should run beside them.
+`fewer_steps` and `samplers` compare times, so nothing but their own runs should be beside them.
 
 results/<model>/ holds logs/<run>/ (config.json, metrics.jsonl) and, for each experiment, a table
 (.md), its numbers (.json) and pictures. A table shows every seed that has logs. The tables of the
@@ -29,6 +29,7 @@ import argparse
 import ctypes
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,7 @@ import reproduce_control
 import reproduce_figures
 from evaluate import guard
 from reproduce_figures import headline, settings_of
-from run_folder import read_metrics
+from run_folder import read_config, read_metrics
 from sample import is_emoji
 
 HERE = Path(__file__).parent
@@ -109,7 +110,7 @@ def make_model(folder, command):
 
 def start_run(name, command, out, threads, quiet):
     """(process, its output if it is quiet), of a new run or of one that goes on."""
-    script, *flags = command.split()
+    script, *flags = shlex.split(command)
     if (out / name / "config.json").exists():
         flags = ["--resume", str(out / name)]
     else:
@@ -124,6 +125,23 @@ def start_run(name, command, out, threads, quiet):
     return process, output
 
 
+# A run fills these in; so they count where a command gives them
+FILLED_IN = {"out", "name", "device", "dtype", "updates", "lr", "sampler", "eta", "beta"}
+
+
+def check_same(folder, command):
+    """Ends the program if the folder has a run of other settings than the command's, whose numbers would
+    be shown as the command's."""
+    if not (folder / "config.json").exists():
+        return
+    script, *flags = shlex.split(command)
+    found, given = read_config(folder), {flag[2:].partition("=")[0].replace("-", "_") for flag in flags}
+    for name, value in vars(import_module(Path(script).stem).parse_config(flags)[0]).items():
+        if found.get(name) != value and (name in given or name not in FILLED_IN):
+            raise SystemExit(f"{folder}: its {name} is {found.get(name)!r}, and this command asks for "
+                             f"{value!r}; move the folder away, or give the flags that made it")
+
+
 def run_all(runs, out, logs, jobs, minutes):
     """Bring every run to its end, `jobs` at a time, and copy their logs. After the minutes no run
     is started any more. Returns the names of the runs that are left."""
@@ -131,6 +149,8 @@ def run_all(runs, out, logs, jobs, minutes):
     def is_finished(name):
         return finished(out / name, runs[name].split()[0])
 
+    for name, command in runs.items():
+        check_same(out / name, command)
     waiting = [name for name in runs if not is_finished(name)]
     deadline = time.time() + 60 * minutes if minutes else float("inf")
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -204,6 +224,12 @@ def parse(arguments):
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     args = parser.parse_args(arguments)
 
+    if not (HERE / args.model).exists() and Path(args.model).exists():
+        args.model = str(Path(args.model).resolve())  # the commands run in HERE
+    taken = [path.name for path in (HERE / "models").iterdir()] + ["control"]
+    if not is_emoji(args.model) and Path(args.model).name in taken:
+        parser.error(f"--model {args.model}: results/{Path(args.model).name} is that of another model; "
+                     "give the folder another name")
     choices = list(EXPERIMENTS) if is_emoji(args.model) else FOR_OTHER_MODELS
     if Path(args.model).name != "emoji":
         choices = [name for name in choices if name not in OWN_MODELS]
@@ -226,7 +252,7 @@ def main(arguments=None):
     model = Path(args.model).name
     shipped = is_emoji(args.model)
     default = shipped and model == "emoji"
-    flags = args.flags if default else f"--model {args.model} {args.flags}"
+    flags = args.flags if default else f"--model {shlex.quote(args.model)} {args.flags}"
     for name in args.experiments:
         room = "control" if name == "control" else model  # its models are its own
         results, out = Path("results") / room, Path("runs/reproduce") / room

@@ -224,6 +224,33 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(tmp_path
     assert without_seconds(log) == before[1]
 
 
+def test_a_run_of_other_settings_is_not_taken_for_the_commands_own(tmp_path):
+    (tmp_path / "logs").mkdir()
+    settings = vars(ddpo.parse_config(TINY.split()[1:])[0])
+    own = {"epochs", "device"}  # which fake_run sets itself
+    fake_run(tmp_path / "out/tiny", **{key: settings[key] for key in settings.keys() - own})
+    arguments = tmp_path / "out", tmp_path / "logs", 1, 1e-9
+    for flags, names in (("--lr 0.5", "lr"), ("--model other --preset emoji", "model"),
+                         ("--epochs 9", "epochs"), ("--kl 0.5", "kl")):
+        with pytest.raises(SystemExit, match=f"its {names} is"):
+            run_all({"tiny": f"{TINY} {flags}"}, *arguments)
+    with pytest.raises(SystemExit, match="its lora_rank is 2"):
+        run_all({"tiny": TINY.replace("--lora-rank 2", "")}, *arguments)
+    assert run_all({"tiny": TINY}, *arguments) == ["tiny"]  # no checkpoint yet; and no time to go on
+
+
+def test_a_models_folder_may_have_a_space_but_not_the_name_of_anothers_results(
+        tmp_path, monkeypatch, capsys):
+    for name in ("my model", "emoji", "control"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.parse(["--model", "my model"]).model == str(tmp_path / "my model")
+    for name in ("emoji", "control"):
+        with pytest.raises(SystemExit):
+            reproduce.parse(["--model", str(tmp_path / name)])
+        assert "another name" in capsys.readouterr().err
+
+
 def test_where_weights_are_pictures_and_measurements_are_taken_of_them_as_the_run_samples(tmp_path):
     out, results = tmp_path / "out", tmp_path / "results"
     command = TINY.replace("--eval-images 2", "--eval-images 64").replace("--watch=", "")
