@@ -5,6 +5,7 @@ are a text file of one prompt a line, or a .jsonl file of one {"prompt": ...} a 
 """
 
 import codecs
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -84,6 +85,11 @@ def load_prompts(spec):
             refuse(f"line {number}: its prompt has a NUL or half a character; mend {prompt!r:.80}")
         prompts.append(prompt.strip())
     return prompts
+
+
+def digest(prompts):
+    """What tells one list of prompts from another, a text of 64 digits."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
 def cut_prompts(tokenizer, prompts):

@@ -70,7 +70,7 @@ def check_checkpoint(saved, run):
             if not tensor.isfinite().all():
                 refuse(f"{name}: tensor {i} is not finite")
 
-    keys = {"epoch", "config", "parameters", "ema", "optimizer", "scaler"}
+    keys = {"epoch", "config", "prompts", "parameters", "ema", "optimizer", "scaler"}
     if not isinstance(saved, dict) or not keys <= saved.keys():
         refuse("of another version of this code: it lacks "
                + ", ".join(sorted(keys - saved.keys() if isinstance(saved, dict) else keys)))
@@ -83,6 +83,9 @@ def check_checkpoint(saved, run):
     for key in ("reward", "watch", "eval_prompts"):  # metrics.jsonl has columns of these
         if theirs[key] != config[key]:
             refuse(f"of --{key.replace('_', '-')} {theirs[key]!r}, and config.json has {config[key]!r}")
+    if saved["prompts"] != run.digest:
+        refuse(f"of other prompts than those of --prompts {config['prompts']} and --eval-prompts "
+               f"{config['eval_prompts'] or 'none'} are now")
     check_tensors("parameters", saved["parameters"])
     if (saved["ema"] is None) != (run.ema is None):
         refuse(f"--ema is {run.config.ema:g}, and it has {kind(saved['ema'])} for averaged weights")

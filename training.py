@@ -36,7 +36,7 @@ from memory import estimate
 from models import (DTYPES, blocks, condition, decode, denoiser, is_flow, latents_shape, main_tokenizer,
                     make_trainable, passes, predict, schedule_inputs, text_encoders)
 from processes import RunStopped, gather, seeded, sum_gradients
-from prompts import cut_notice, load_prompts, sample_prompts, set_names
+from prompts import cut_notice, digest, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
 from run_folder import (append, open_tracker, picture_grid, plot_rewards, release, reserved, row_line,
                         save_checkpoint, save_picture, save_weights, sync, write_whole)
@@ -57,6 +57,7 @@ class Run:
     rank: int  # of this process, of `world`
     world: int
     prompts: list  # to train on
+    digest: str  # of these and of --eval-prompts, which an interrupted run must find again
     components: dict  # name of a trained reward -> weight
     rewards: dict  # name -> function, the watched ones too
     pipeline: object
@@ -128,13 +129,12 @@ def set_up(config, folder, resume, reference):
 
     # everything that can be refused is tried before the folder is made
     prompts, components = load_prompts(config.prompts), parse_reward(config.reward)
-    for name in set_names(config.eval_prompts):
-        load_prompts(name)
+    held_out = sum(map(load_prompts, set_names(config.eval_prompts)), [])
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
     # what is trained is float32
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32,
                              resolution=config.resolution)
-    notice = cut_notice(main_tokenizer(pipeline), prompts)
+    notice = cut_notice(main_tokenizer(pipeline), prompts + held_out)
     if notice and rank == 0:
         print(notice, file=sys.stderr)
     if device.type == "cuda" and rank == 0:
@@ -158,8 +158,8 @@ def set_up(config, folder, resume, reference):
     if config.compile:
         compile_blocks(network)
 
-    run = Run(config, folder, device, dtype, rank, world, prompts, components, rewards, pipeline,
-              timesteps.to(device), parameters, make_optimizer(parameters, config),
+    run = Run(config, folder, device, dtype, rank, world, prompts, digest([prompts, held_out]), components,
+              rewards, pipeline, timesteps.to(device), parameters, make_optimizer(parameters, config),
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
     if reference and not config.lora_rank:
         run.reference = copy.deepcopy(network).requires_grad_(False)
@@ -479,6 +479,6 @@ def save(run, epoch, best=None, **state):
         else:
             save_weights(run.pipeline, run.config, run.folder / "last")
     save_checkpoint(run.folder / "checkpoint", state | {
-        "epoch": epoch, "config": asdict(run.config),
+        "epoch": epoch, "config": asdict(run.config), "prompts": run.digest,
         "parameters": [p.detach().cpu() for p in run.parameters], "ema": run.ema,
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()})

@@ -27,6 +27,7 @@ import reproduce
 import rwr
 import sample
 import processes
+import prompts
 import training
 from ddpo import Config
 from emoji import pretrain
@@ -275,6 +276,7 @@ def first(state):
     (lambda state: state["config"].update(reward="incompress"), "--reward 'incompress'"),
     (lambda state: state["config"].update(watch="clip"), "--watch 'clip'"),
     (lambda state: state["config"].update(eval_prompts="objects"), "--eval-prompts 'objects'"),
+    (lambda state: state.update(prompts=prompts.digest([["a cat"], []])), "of other prompts than"),
     (lambda state: state.clear(), "another version"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_overwritten(
