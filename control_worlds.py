@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from processes import RunStopped
 from settings import refuse
 
 SHAPE = (2, 1, 16)  # of a plan: x and y of 16 waypoints
@@ -132,13 +133,22 @@ def load_controller(config):
 
 def try_controller(config, envs):
     """Raises ValueError, one line, if the controller cannot play the task."""
-    controller, shape = load_controller(config), (config.envs, *envs.single_action_space.shape)
+    ask_controller(config, load_controller(config), envs, reset(envs, 0), np.random.default_rng(0))
+
+
+def ask_controller(config, controller, envs, observations, generator):
+    """A controller's actions, (N, A). Raises ValueError, one line, for what are none."""
+    shape = len(observations), *envs.single_action_space.shape
     try:
-        found = np.shape(controller(reset(envs, 0), np.random.default_rng(0)))
+        actions = np.asarray(controller(observations, generator))
+        broken = actions[~np.isfinite(actions)]
     except Exception as error:  # it is somebody else's code
         refuse(config, "controller", f"fails ({type(error).__name__}: {error})")
-    if found != shape:
-        refuse(config, "controller", f"its actions have shape {found}, and must have {shape}")
+    if actions.shape != shape:
+        refuse(config, "controller", f"its actions have shape {actions.shape}, and must have {shape}")
+    if len(broken):
+        refuse(config, "controller", f"its actions must be finite numbers, not {broken[0]}")
+    return actions
 
 
 def make_envs(config):
@@ -218,7 +228,10 @@ def copy_controller(config, envs, controller):
         generator = np.random.default_rng((config.seed, 0, episode))
 
         def act(observations):
-            actions = controller(observations, generator)
+            try:
+                actions = ask_controller(config, controller, envs, observations, generator)
+            except ValueError as error:
+                raise RunStopped(str(error)) from None
             actions = 2 * (actions - space.low) / (space.high - space.low) - 1
             return actions[:, :, None], actions
 

@@ -210,7 +210,7 @@ def try_out(pipeline, model, dtype):
     try:
         inputs = condition(pipeline, ["", ""], 1.0)
         output = predict(network, latents, torch.full((2,), 500, device=device), *inputs[:2], dtype)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"--model {model}: its parts do not fit together "
                          f"({first_line(error)})") from error
     if output.shape != latents.shape:

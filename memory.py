@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DMod
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewards import parse_reward
-from settings import PRESETS, Settings, parse_config, watched
+from settings import PRESETS, Settings, check_values, parse_config, refuse, watched
 
 GB = 1e9
 CONTEXT = 0.7 * GB
@@ -117,6 +117,9 @@ def preset_facts(config):
     facts = dict(NETWORKS[config.model])
     kind, readers, tokens = (facts.pop(name) for name in ("network", "readers", "tokens"))
     channels = facts.get("in_channels", 4) if kind is not FluxTransformer2DModel else 16
+    multiple = 8 * (2 if kind is FluxTransformer2DModel else facts.get("patch_size", 1))
+    if config.resolution % multiple:
+        refuse(config, "resolution", f"must be a multiple of {multiple}")
     side = config.resolution // 8 or facts.get("sample_size", models.FLUX_SIZE)
     shapes = {"encoder_hidden_states": (tokens, facts.get("cross_attention_dim") or 4096)}
     if kind is not UNet2DConditionModel:
@@ -200,12 +203,14 @@ def estimate(config, world=1, pipeline=None):
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = [["--preset", name] for name in PRESETS if name != "emoji"]
-    one = "--pre", "--mod", "--resum"  # of --preset, --model, --resume, which may be abbreviated
-    if any(argument.startswith(one) for argument in arguments):
+    if any(argument.startswith(("--pre", "--mod")) for argument in arguments):  # they may be abbreviated
         chosen = [[]]
+    if any(argument.startswith("--resum") for argument in arguments):
+        sys.exit("--resume: the first line of a run on a GPU is its memory; give a --preset and settings")
     try:
         for preset in chosen:
             config, _ = parse_config([*preset, *arguments], Settings, PRESETS, __doc__)
+            check_values(config)
             world, pipeline = 8 if config.preset.endswith("8gpu") else 1, None
             if config.model not in NETWORKS:
                 pipeline = load_pipeline(config.model, "cpu", resolution=config.resolution)

@@ -260,9 +260,11 @@ def check_rewards(name, values, images, prompts):
     """
     count = len(images)
     try:
+        if isinstance(values, np.ma.MaskedArray):
+            values = values.astype(np.float32, casting="same_kind").filled(np.nan)
         if isinstance(values, np.ndarray):
             values = values.astype(np.float32, casting="same_kind")  # any strides, any byte order
-        elif isinstance(values, torch.Tensor) and values.is_complex():
+        elif isinstance(values, torch.Tensor) and (values.is_complex() or values.layout != torch.strided):
             raise TypeError
         tensor = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach().clone()
     except Exception:  # TypeError, ValueError, RuntimeError, and those of strange containers

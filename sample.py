@@ -22,17 +22,19 @@ import copy
 import functools
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from models import (DTYPES, condition, ddim_scheduler, decode, denoiser, encode_prompts, is_flow,
-                    latents_shape, predict, schedule_inputs)  # first: it quiets the libraries
+                    latents_shape, main_tokenizer, predict, schedule_inputs)  # first: it quiets the libraries
 from loading import is_emoji, load_pipeline
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from kernels.ddim_step import fused_ddim_step
+from prompts import cut_notice
 from run_folder import picture_grid, read_config
 
 
@@ -126,7 +128,7 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
         dance   σ = η k' sqrt(t − t')                   b = s' − σ²/(2 k' t)    DanceGRPO, arXiv 2505.07818
 
     k = α + s takes any x to flow coordinates: x/k at time t = s/k. There the last two are Euler–Maruyama
-    steps of an SDE with g² = σ²/(t − t'). Its drift, v − g²/(2t) ε̂, is right to first order in the step
+    steps of an SDE with g² = σ²/(t − t'). Its drift, v + g²/(2t) ε̂, is right to first order in the step
     alone, so some noise stays in the picture.
 
     eta: η, one for all steps or one for each, (T,), in the sampler's own meaning (see ETAS). Where σ = 0 (at
@@ -435,6 +437,8 @@ def main(arguments=None):
         if args.lora and not getattr(denoiser(pipeline), "peft_config", None):
             base = [*denoiser(load()).parameters()]
             tuned = [p.clone() for p in denoiser(pipeline).parameters()]
+        if notice := cut_notice(main_tokenizer(pipeline), prompts):
+            print(notice, file=sys.stderr)
         new = not Path(args.out).exists()
         open(args.out, "ab").close()  # fails before the work, not after it
         if new:
@@ -468,7 +472,13 @@ def main(arguments=None):
         parser.exit(1, f"{args.lora or run['model']}: {error} with --dtype {run['dtype']}\n")
     names = [label + prompt for prompt in prompts for _, label in labels]
     titles = [f"seed {args.seed + i}" for i in range(args.images)]
-    picture_grid([drawn[name] for name in names], names, titles).save(args.out)
+    sheet = picture_grid([drawn[name] for name in names], names, titles)
+    try:
+        sheet.save(args.out)
+    except (ValueError, OSError) as error:  # a file has a largest size, but for PNG
+        args.out = str(Path(args.out).with_suffix(".png"))
+        print(f"{error}; saved as {args.out}", file=sys.stderr)
+        sheet.save(args.out)
     print(f"{args.out}: {len(prompts)} prompts, seeds {args.seed} to {args.seed + args.images - 1}")
 
 

@@ -143,8 +143,8 @@ def watched(config):
     return [name for name in names if name and name not in parse_reward(config.reward)]
 
 
-def check(config):
-    """Fills in the settings that follow from others. Raises ValueError, one line, for what cannot work."""
+def check_values(config):
+    """Raises ValueError, one line, for a value that can work on no machine."""
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not abs(value) <= 1e12:
@@ -171,15 +171,20 @@ def check(config):
         refuse(config, "window", "give the first step and the one after the last, such as "
                f"0:{config.steps // 2}, of --steps {config.steps}")
     check_window_shift(config)
+
+
+def check(config):
+    """Fills in the settings that follow from others. Raises ValueError, one line, for what cannot work."""
+    check_values(config)
     if config.sampler:
         set_sampler(config)
     check_machine(config)
 
     config.updates = config.updates or 1
-    emoji = is_emoji(config.model)  # 160 times smaller than Stable Diffusion: it needs larger steps
+    emoji = is_emoji(config.model)  # 110 times smaller than Stable Diffusion: it needs larger steps
     lora_lr, whole_lr = (3e-3, 1.3e-4) if emoji else (3e-4, 1e-5)
     config.lr = config.lr or (lora_lr if config.lora_rank else whole_lr)
-    config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward)
+    config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward).lstrip("._")
     check_folder(config)
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.eval_images < world:

@@ -387,6 +387,8 @@ def test_a_run_that_is_killed_ends_with_the_same_numbers(script, settings, tmp_p
     (control_loop, ["--controller", f"{__file__}:nothing"], "no function 'nothing'"),
     (control_loop, ["--controller", f"{__file__}:start"], "fails"),
     (control_loop, ["--controller", f"{__file__}:countless"], "shape"),
+    (control_loop, ["--controller", f"{__file__}:boundless"], "finite"),
+    (control_loop, ["--controller", f"{__file__}:wordy"], "fails"),
     (control_loop, ["--policy", "beta"], "diffusion, gaussian"),
     (control_loop, ["--train-last", "11"], "--steps 10"), (control_loop, ["--gamma", "2"], "gamma"),
     (control_loop, ["--chunk", "201"], "200 steps"), (control_loop, ["--min-sigma", "0"], "above 0"),
@@ -407,6 +409,14 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
 
 def countless(observations, generator):
     return observations
+
+
+def boundless(observations, generator):
+    return np.full((len(observations), 1), np.nan)
+
+
+def wordy(observations, generator):
+    return [["left"]] * len(observations)
 
 
 def test_a_run_does_not_write_over_another_and_says_how_to_go_on(tmp_path, capsys):

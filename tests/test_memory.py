@@ -81,7 +81,9 @@ def test_the_command_line_tells_of_one_preset_or_model_or_says_what_it_does_not_
         memory.main(["--resolution", "256"])
     presets = [f"{name}: 256" for name in ddpo.PRESETS if name != "emoji"]
     assert capsys.readouterr().out.splitlines() == presets
-    for arguments in (["--preset", "nope"], ["--model", str(tmp_path)]):
+    for arguments in (["--preset", "nope"], ["--model", str(tmp_path)], ["--steps", "0"],
+                      ["--dtype", "fp8"], ["--train-batch", "0"], ["--resolution", "500"],
+                      ["--resume", "the first line"]):
         with pytest.raises(SystemExit) as stop:
             memory.main([*arguments, "--device", "cpu"])
         assert len(stop.value.code.splitlines()) == 1 and arguments[1] in stop.value.code

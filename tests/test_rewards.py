@@ -175,7 +175,8 @@ def test_a_file_without_a_fitting_function_is_refused_and_named(my_file, tmp_pat
     ("{}", "dict"), ("{0: 1, 1: 2, 2: 3, 3: 4}", "dict"), ("(1 for _ in prompts)", "generator"),
     ("torch.ones(4, dtype=torch.complex64)", "Tensor"), ("np.ones(4) * 1j", "ndarray"),
     ("['1', '2', '3', '4']", "list"), ("np.array(['1', '2', '3', '4'])", "ndarray"),
-    ("torch.ones(4, device='meta')", "Tensor"), ("np.array([1, 2, 3, None])", "ndarray"),
+    ("torch.ones(4).to_sparse()", "Tensor"), ("torch.ones(4, device='meta')", "Tensor"),
+    ("np.array([1, 2, 3, None])", "ndarray"),
     ("type('Odd', (list,), {'__getitem__': lambda self, i: 1 / 0})([1, 2, 3, 4])", "Odd")])
 def test_anything_but_one_number_an_image_is_refused_by_name(images, my_file, result, says):
     path = my_file(f"import numpy as np\nimport torch\ndef mine(images, prompts): return {result}")
@@ -190,6 +191,13 @@ def test_a_value_that_is_not_finite_is_refused_with_its_image_and_prompt(images,
         check_rewards("mine", [0, 1, float(bad), float("nan")], images, PROMPTS)
     assert (error.value.index, error.value.prompt) == (2, "an ant")
     assert torch.equal(error.value.image, images[2])
+
+
+def test_a_value_that_numpy_has_masked_is_none(images):
+    values = np.ma.array([1.0, 2.0, 3.0, 4.0], mask=[False, False, True, False])
+    with pytest.raises(RewardError, match="image 2, 'an ant'"):
+        check_rewards("mine", values, images, PROMPTS)
+    assert check_rewards("mine", np.ma.array([1, 2, 3, 4]), images, PROMPTS).tolist() == [1, 2, 3, 4]
 
 
 def test_a_function_that_raises_is_reported_with_the_image_that_makes_it_raise(images, my_file):

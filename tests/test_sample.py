@@ -189,6 +189,17 @@ def test_the_command_line_draws_a_grid(tmp_path):
     assert width >= 2 * 96 and height >= 2 * 96
 
 
+def test_a_sheet_too_large_for_its_format_is_saved_as_png_and_cut_prompts_are_told(
+        tmp_path, capsys, monkeypatch):
+    black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    monkeypatch.setattr(sample, "sample_trajectories", lambda _, prompts, *rest, **more: SimpleNamespace(
+        images=black.expand(len(prompts), -1, -1, -1)))
+    sample.main(["--prompt", "a cat " * 20, "--images", "180", "--out", str(tmp_path / "grid.webp")])
+    assert Image.open(tmp_path / "grid.png").width > 16383
+    said = capsys.readouterr().err
+    assert "prompts: 1 of 1 have more than the 20 tokens" in said and "saved as" in said
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return save_pipeline(tmp_path_factory.mktemp("small") / "model")

@@ -183,6 +183,7 @@ def code(component, entry):
     (lambda folder: (folder / "vae/diffusion_pytorch_model.safetensors").unlink(),
      "no weights in its folder vae/"),
     (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer/ is missing"),
+    (lambda folder: (folder / "tokenizer/tokenizer_config.json").unlink(), "its parts do not fit together"),
     (edited("unet/config.json", sample_size=None), "sample_size null; give --resolution"),
     (edited("unet/config.json", encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "weights of its unet"),
     (edited("vae/config.json", latent_channels=9), "cannot be loaded"),
