@@ -31,6 +31,7 @@ CONTEXT = 0.7 * GB
 # parameters of the networks beside them: CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL read the
 # prompts.
 CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
+T5_WO = 24 * 10240 * 4096  # of T5, in float32 also where the others are in fp16
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 NETWORKS = {
@@ -116,6 +117,7 @@ def preset_facts(config):
     """What `peak_memory` has to know of a model that is not loaded: one of NETWORKS."""
     facts = dict(NETWORKS[config.model])
     kind, readers, tokens = (facts.pop(name) for name in ("network", "readers", "tokens"))
+    readers = readers, T5_WO if readers > T5_XXL else 0
     channels = facts.get("in_channels", 4) if kind is not FluxTransformer2DModel else 16
     multiple = 8 * (2 if kind is FluxTransformer2DModel else facts.get("patch_size", 1))
     if config.resolution % multiple:
@@ -134,22 +136,24 @@ def pipeline_facts(pipeline):
     """The same of a pipeline that is loaded."""
     network, embeds = models.denoiser(pipeline), models.encode_prompts(pipeline, [""])
     embeds = embeds if isinstance(embeds, dict) else {"encoder_hidden_states": embeds}
-    readers = sum(p.numel() for encoder in models.text_encoders(pipeline) for p in encoder.parameters())
+    named = [p for encoder in models.text_encoders(pipeline) for p in encoder.named_parameters()]
+    readers = (sum(p.numel() for _, p in named), sum(p.numel() for name, p in named if ".wo." in name))
     shapes = {key: tuple(value.shape[1:]) for key, value in embeds.items()}
     return ((type(network), network.config), (type(pipeline.vae), pipeline.vae.config), readers, shapes,
             models.latents_shape(pipeline))
 
 
 def peak_memory(config, world=1, pipeline=None):
-    """{what: bytes} of one of the `world` processes of a run, and under "peak" the most at one
-    time.
+    """{what: bytes} of one of the `world` processes of a run, under "loading" those before its first
+    epoch, and under "peak" the most at one time.
 
     pipeline: as load_pipeline gives it; without one, config.model is one of NETWORKS."""
     facts = preset_facts(config) if pipeline is None else pipeline_facts(pipeline)
-    (kind, network), (vae_kind, vae), readers, shapes, latents_shape = facts
+    (kind, network), (vae_kind, vae), (readers, exact), shapes, latents_shape = facts
     dtype, whole = models.DTYPES[config.dtype or "fp16"], not config.lora_rank
     is_flux = kind is FluxTransformer2DModel
     width = 4 if whole or dtype == torch.float32 else 2  # bytes of a weight that is not trained
+    readers = readers * width + (2 * exact if width == 2 and dtype == torch.float16 else 0)  # bytes
     with torch.device("meta"):
         network, vae = kind.from_config(network), vae_kind.from_config(vae)
         network.to(torch.float32 if whole else dtype).requires_grad_(False)
@@ -175,29 +179,31 @@ def peak_memory(config, world=1, pipeline=None):
     prompts = min(config.images, 400) * width * sum(math.prod(shape) for shape in shapes.values())
     moments = 2 if config.optimizer == "adamw8bit" else 8
     parts = {
-        "weights": total * width + (0 if config.offload else readers * width + decoder),
+        "weights": total * width + (0 if config.offload else readers + decoder),
         # gradient and its copy that processes sum, moments, average, an adapter's weights; what
         # forward.py holds of v_old and beside it; the base model beside a whole one for --kl
         "training": trained * (4 + (4 if world > 1 else 0) + moments + (4 if config.ema else 0)
                                + (0 if whole else 4) + (8 if hasattr(config, "old_rise") else 0))
         + (total * 4 if whole and getattr(config, "kl", 0) else 0),
         "activations": kept,
-        "latents and embeddings": (0 if config.offload else latents) + prompts,
+        "latents and embeddings": 0 if config.offload else latents + prompts,
         # input, output and workspace of the largest layer
         "decoding": 3 * max(largest) + (decoder if config.offload else 0),
         "rewards": GB * sum(REWARDS.get(name.partition("=")[0], 0)
                             for name in [*parse_reward(config.reward), *watched(config)]),
         "CUDA": CONTEXT}
     one_of_them = min(parts["activations"], parts["decoding"])  # they are not there at one time
-    return parts | {"peak": sum(parts.values()) - one_of_them}
+    loading = total * width + readers + decoder + CONTEXT  # --offload comes after it
+    return parts | {"loading": loading, "peak": max(sum(parts.values()) - one_of_them, loading)}
 
 
 def estimate(config, world=1, pipeline=None):
     """One line for people."""
     parts = peak_memory(config, world, pipeline)
-    shown = ", ".join(f"{key} {value / GB:.1f}" for key, value in parts.items()
-                      if key != "peak" and value > 5e7)
-    return f"about {parts['peak'] / GB:.0f} GB of a GPU's memory on each process ({shown})"
+    peak, loading = parts.pop("peak"), parts.pop("loading")
+    shown = ", ".join(f"{key} {value / GB:.1f}" for key, value in parts.items() if value > 5e7)
+    shown = f"while it loads the model; later {shown}" if peak == loading else shown
+    return f"about {peak / GB:.0f} GB of a GPU's memory on each process ({shown})"
 
 
 def main(arguments=None):

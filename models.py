@@ -221,7 +221,7 @@ def encode_prompts(pipeline, prompts, cache=None):
     them by prompt.
 
     Each different prompt is encoded once and alone, so that its embedding does not depend on its
-    company. The text encoders work wherever they are: they may stay on the CPU.
+    company. The text encoders work wherever they are, and what is remembered may lie elsewhere, too.
     """
     cache = {} if cache is None else cache
     device = denoiser(pipeline).device
@@ -230,7 +230,7 @@ def encode_prompts(pipeline, prompts, cache=None):
             embeds = encode_prompt(pipeline, prompt)
             cache[prompt] = {key: value[0].to(device) for key, value in embeds.items()}
     rows = [cache[prompt] for prompt in prompts]
-    embeds = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    embeds = {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
     return embeds["encoder_hidden_states"] if len(embeds) == 1 else embeds
 
 

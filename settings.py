@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import kernels
+from kernels.ddim_step import fused_ddim_step
 from loading import default_device, is_emoji
 from models import DTYPES, default_dtype
 from rewards import parse_reward
@@ -282,8 +283,20 @@ def check_machine(config):
         refuse(config, "optimizer", "puts weights in new places, which --cuda-graph would not see; leave "
                "out one of them, or train a --lora-rank")
     kernels.BACKEND = config.kernels
-    kernels.use_triton(torch.empty(0, device=config.device))  # raises where triton cannot run
+    try_kernels(config)
     config.dtype = config.dtype or default_dtype(config.device)
+
+
+def try_kernels(config):
+    """One step of one number. Triton compiles a launcher when it first runs, which needs a C compiler."""
+    number = torch.zeros(1, 1, 1, 1, device=config.device)
+    if not kernels.use_triton(number):  # raises ValueError where --kernels triton cannot be
+        return
+    try:
+        fused_ddim_step(number, number, torch.ones(4, device=config.device), noise=number)
+    except Exception as error:
+        refuse(config, "kernels", f"Triton cannot run here ({str(error).strip().splitlines()[0]:.200}); "
+               "install gcc and Python's headers, or choose torch")
 
 
 def field_comments(config_class):

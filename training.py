@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from loading import load_pipeline
 from memory import estimate
-from models import (DTYPES, blocks, condition, decode, denoiser, is_flow, latents_shape, main_tokenizer,
-                    make_trainable, passes, predict, schedule_inputs, text_encoders)
+from models import (DTYPES, blocks, condition, decode, denoiser, encode_prompts, is_flow, latents_shape,
+                    main_tokenizer, make_trainable, passes, predict, schedule_inputs, text_encoders)
 from processes import RunStopped, gather, seeded, sum_gradients
 from prompts import cut_notice, digest, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
@@ -142,7 +142,9 @@ def set_up(config, folder, resume, reference):
     network = denoiser(pipeline)
     set_sampler(config, is_flow(pipeline.scheduler))
     timesteps = check_steps(config, pipeline)
-    if config.offload:  # the text encoders work there; the VAE comes to the device for each batch
+    cache = {}
+    if config.offload:  # the VAE comes back for each batch
+        read_prompts(pipeline, [*prompts, *held_out, ""], cache, rank)
         for module in (*text_encoders(pipeline), pipeline.vae):
             module.to("cpu")
     if config.gradient_checkpointing:
@@ -160,7 +162,7 @@ def set_up(config, folder, resume, reference):
 
     run = Run(config, folder, device, dtype, rank, world, prompts, digest([prompts, held_out]), components,
               rewards, pipeline, timesteps.to(device), parameters, make_optimizer(parameters, config),
-              torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
+              torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), cache=cache)
     if reference and not config.lora_rank:
         run.reference = copy.deepcopy(network).requires_grad_(False)
     if config.ema:
@@ -185,6 +187,15 @@ def set_up(config, folder, resume, reference):
         write_rows(run)
         run.track = open_tracker(config, folder)
     return run
+
+
+def read_prompts(pipeline, prompts, cache, rank):
+    """--offload: the embeddings of all prompts into the cache, in the computer's memory, while the text
+    encoders are still on the device. A CPU would need minutes for a prompt of T5 in fp16."""
+    shown = dict(desc="reading prompts", leave=False, disable=True if rank else None)
+    for prompt in tqdm(dict.fromkeys(prompts), **shown):
+        encode_prompts(pipeline, [prompt], cache)
+        cache[prompt] = {key: value.cpu() for key, value in cache[prompt].items()}
 
 
 def check_steps(config, pipeline):

@@ -7,8 +7,10 @@ import torch
 from torch.distributions import Normal
 
 import ddpo
+import models
 import training
 from ddpo import Config
+from prompts import load_prompts
 from run_folder import load_checkpoint, read_metrics
 from sample import ddim_table, encode_prompts, predict
 from stable_diffusion import save_pipeline
@@ -183,3 +185,15 @@ def test_offload_keeps_what_waits_in_the_computers_memory(model, tmp_path, monke
     training.collect(run, 1)
     assert copied.count(torch.Size([4, 5, 4, 8, 8])) == 2  # the trajectories of two batches
     assert [name for name, _ in moves].count("AutoencoderKL") == 2 * 2  # there and back for each
+
+
+def test_offload_reads_all_prompts_before_the_text_encoders_leave_the_device(model, tmp_path, monkeypatch):
+    """T5 on a CPU would need minutes for a prompt, and the other processes would wait for it."""
+    settings = SMALL | dict(offload=True, eval_prompts="objects", epochs=1)
+    run = ddpo.prepare(Config(model=model, out=str(tmp_path), **settings))
+    assert run.cache.keys() == {*run.prompts, *load_prompts("objects"), ""}
+    monkeypatch.setattr(models, "encode_prompt", None)
+    rows = read_metrics(ddpo.fit(run) / "metrics.jsonl")
+    plain = Config(model=model, out=str(tmp_path), name="plain", **settings | dict(offload=False))
+    monkeypatch.undo()
+    assert rows[1]["reward_mean"] == read_metrics(ddpo.train(plain) / "metrics.jsonl")[1]["reward_mean"]

@@ -69,6 +69,13 @@ def test_activations_are_those_that_a_real_forward_pass_keeps(tmp_path):
     assert "of a GPU's memory" in memory.estimate(ddpo.Config(**settings), pipeline=pipeline)
 
 
+def test_a_model_is_loaded_whole_before_a_part_of_it_is_offloaded():
+    """4.5 GB of the transformer, 11.2 of the text encoders, and 2.0 because T5's `wo` stay in float32."""
+    parts = peak_memory(parse_config(["--preset", "sd35-medium-24gb"])[0])
+    assert parts["peak"] == parts["loading"] == pytest.approx(18.7e9, rel=0.02)
+    assert parts["weights"] == pytest.approx(4.5e9, rel=0.02)
+
+
 def test_the_command_line_tells_of_one_preset_or_model_or_says_what_it_does_not_know(
         tmp_path, capsys, monkeypatch):
     model = save_family(tmp_path / "model", "sd3")

@@ -6,6 +6,8 @@ from importlib import import_module
 
 import pytest
 
+import ddpo
+import settings
 from settings import field_comments
 
 
@@ -22,6 +24,17 @@ def test_every_flag_has_a_sentence_which_is_the_comment_in_the_source(script, ca
         assert "--" + name.replace("_", "-") in shown
         start = " ".join(re.split(r"\s", comment)[:4])
         assert start in shown, f"{name}: {comment}"
+
+
+def test_a_machine_on_which_triton_cannot_compile_is_told_before_the_run(monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify")
+
+    monkeypatch.setattr(settings.kernels, "use_triton", lambda latents: True)
+    monkeypatch.setattr(settings, "fused_ddim_step", no_compiler)
+    with pytest.raises(ValueError, match="^--kernels auto: Triton .*C compiler.*choose torch$") as error:
+        ddpo.check(ddpo.Config(device="cpu"))
+    assert "\n" not in str(error.value)
 
 
 def test_a_setting_that_a_loop_gives_another_default_is_explained_once_by_the_loop():
