@@ -20,7 +20,7 @@ from kernels.ddim_step import fused_ddim_step
 from loading import default_device, is_emoji
 from models import DTYPES, default_dtype
 from rewards import parse_reward
-from run_folder import read_config
+from run_folder import one_line, read_config
 from sample import ETAS, MAX_ETAS, WINDOW, WINDOW_SHIFT
 
 
@@ -295,7 +295,7 @@ def try_kernels(config):
     try:
         fused_ddim_step(number, number, torch.ones(4, device=config.device), noise=number)
     except Exception as error:
-        refuse(config, "kernels", f"Triton cannot run here ({str(error).strip().splitlines()[0]:.200}); "
+        refuse(config, "kernels", f"Triton cannot run here ({one_line(error):.200}); "
                "install gcc and Python's headers, or choose torch")
 
 
