@@ -226,7 +226,7 @@ def parse(arguments):
 
     if not (HERE / args.model).exists() and Path(args.model).exists():
         args.model = str(Path(args.model).resolve())  # the commands run in HERE
-    taken = [path.name for path in (HERE / "models").iterdir()] + ["control"]
+    taken = "emoji", "emoji-flow", "control"
     if not is_emoji(args.model) and Path(args.model).name in taken:
         parser.error(f"--model {args.model}: results/{Path(args.model).name} is that of another model; "
                      "give the folder another name")

@@ -37,6 +37,7 @@ def restore(run):
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict(saved.pop("optimizer") | {"param_groups": groups})
     run.scaler.load_state_dict(saved.pop("scaler"))
+    saved.pop("prompts")
     was, run.saved = saved.pop("config"), saved
     changed = [f"{key} {was[key]!r} -> {value!r}" for key, value in asdict(run.config).items()
                if value != was[key] and key not in ("name", "out", "device", "epochs", "patience")]
