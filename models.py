@@ -302,15 +302,18 @@ def predict(network, latents, timesteps, prompt_embeds, negative_embeds=None, dt
                          for key, value in prompt_embeds.items()}
     exact = ("time_ids", "guidance")  # numbers, not embeddings
     inputs = {key: value if key in exact else value.to(dtype) for key, value in prompt_embeds.items()}
-    with autocast(latents.device, dtype):
+    one_graph = getattr(network, "one_graph", False)  # see training.compile_blocks
+    with autocast(latents.device, dtype), torch.set_grad_enabled(torch.is_grad_enabled() or one_graph):
         latents = latents.to(dtype)
         if isinstance(network, FluxTransformer2DModel):
-            return flux_predict(network, latents, timesteps, **inputs)
-        if isinstance(network, SD3Transformer2DModel):
-            return network(latents, timestep=timesteps, **inputs).sample.contiguous()
-        embeds = inputs.pop("encoder_hidden_states")
-        added = {"added_cond_kwargs": inputs} if inputs else {}
-        return network(latents, timesteps, encoder_hidden_states=embeds, **added).sample.contiguous()
+            output = flux_predict(network, latents, timesteps, **inputs)
+        elif isinstance(network, SD3Transformer2DModel):
+            output = network(latents, timestep=timesteps, **inputs).sample.contiguous()
+        else:
+            embeds = inputs.pop("encoder_hidden_states")
+            added = {"added_cond_kwargs": inputs} if inputs else {}
+            output = network(latents, timesteps, encoder_hidden_states=embeds, **added).sample.contiguous()
+    return output if torch.is_grad_enabled() else output.detach()
 
 
 def flux_predict(network, latents, timesteps, encoder_hidden_states, **inputs):

@@ -220,10 +220,12 @@ def compile_blocks(network):
     dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1024, 65536
     # a GPU has it so already; on a CPU it only pays when operations are fused
     network.to(memory_format=torch.channels_last)
-    # With eager mode's rounding: else sampling and training, which are two graphs, round differently
-    # in bf16, and the ratio does not start at 1. Anew for each batch size, of which there are few.
+    # Without gradients torch makes another graph, which rounds differently in bf16, and the ratio would
+    # not start at 1. So sampling runs the graph of training. Anew for each batch size, of which there
+    # are few.
+    network.one_graph = True
     for block in blocks(network):
-        block.compile(dynamic=False, options={"emulate_precision_casts": True})
+        block.compile(dynamic=False)
 
 
 def epoch_table(config, pipeline, epoch):
