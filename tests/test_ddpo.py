@@ -194,9 +194,9 @@ def test_a_run_leaves_what_the_readme_says(run):
     "settings", [dict(dtype="fp32"), dict(), dict(lora_rank=0)]
 )  # and in bf16, where it is the default: elsewhere it takes minutes
 def test_the_ratio_is_one_before_the_first_update(tmp_path, settings):
-    settings = SMALL | dict(model="models/emoji", epochs=1) | settings
+    settings = SMALL | dict(model="models/emoji") | settings
     folder = ddpo.train(Config(out=str(tmp_path), **settings))
-    assert read_metrics(folder / "metrics.jsonl")[1]["ratio_error"] == 0.0
+    assert [row["ratio_error"] for row in read_metrics(folder / "metrics.jsonl")[1:]] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_numbers(run, tm
     process = start("--reward", "compress", **SMALL | dict(epochs=3, out=tmp_path))
     while not (tmp_path / "compress/metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
-    for signal_number in (signal.SIGKILL, signal.SIGTERM):
+    for signal_number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         time.sleep(moments.uniform(0, 4))
         process.send_signal(signal_number)
         _, _, err = finish(process)
