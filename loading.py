@@ -48,11 +48,13 @@ def locate(model):
     return str(model) if Path(model).exists() or not (HERE / model).exists() else str(HERE / model)
 
 
+SHIPPED = "emoji", "emoji-flow"
+
+
 def is_emoji(model):
     """Whether it is one of the shipped models, however its path is written; a user's own folder of
     that name is not."""
-    shipped = [(HERE / "models" / name).resolve() for name in ("emoji", "emoji-flow")]
-    return Path(locate(model)).resolve() in shipped
+    return Path(locate(model)).resolve() in [(HERE / "models" / name).resolve() for name in SHIPPED]
 
 
 def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora_scale=1.0,

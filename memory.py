@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DMod
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewards import parse_reward
-from settings import PRESETS, Settings, check_values, parse_config, refuse, watched
+from settings import PRESETS, Settings, check_values, parse_config, watched
 
 GB = 1e9
 CONTEXT = 0.7 * GB
@@ -119,9 +119,7 @@ def preset_facts(config):
     kind, readers, tokens = (facts.pop(name) for name in ("network", "readers", "tokens"))
     readers = readers, T5_WO if readers > T5_XXL else 0
     channels = facts.get("in_channels", 4) if kind is not FluxTransformer2DModel else 16
-    multiple = 8 * (2 if kind is FluxTransformer2DModel else facts.get("patch_size", 1))
-    if config.resolution % multiple:
-        refuse(config, "resolution", f"must be a multiple of {multiple}")
+    models.check_resolution(config.resolution, kind, facts, 8)
     side = config.resolution // 8 or facts.get("sample_size", models.FLUX_SIZE)
     shapes = {"encoder_hidden_states": (tokens, facts.get("cross_attention_dim") or 4096)}
     if kind is not UNet2DConditionModel:

@@ -131,14 +131,22 @@ def make_trainable(network, config):
 
 # Size and schedule
 
+def check_resolution(resolution, network_class, config, scale):
+    """The side of a network's patches of latents. Raises ValueError if the picture is not made of them.
+
+    scale: pixels of a latent's side."""
+    patch = 2 if network_class is FluxTransformer2DModel else config.get("patch_size", 1)
+    if resolution % (scale * patch) or resolution < 0:
+        raise ValueError(f"--resolution {resolution}: must be a multiple of {scale * patch}, or 0 for "
+                         "the model's own")
+    return patch
+
+
 def set_resolution(pipeline, model, resolution):
     """Fixes the latents' shape: of the resolution given, or of the one that the network was trained
     on."""
     network, scale = denoiser(pipeline), pipeline.vae_scale_factor
-    patch = 2 if kind_of(pipeline) == "FluxPipeline" else network.config.get("patch_size", 1)
-    if resolution % (scale * patch) or resolution < 0:
-        raise ValueError(f"--resolution {resolution}: must be a multiple of {scale * patch}, or 0 for "
-                         "the model's own")
+    patch = check_resolution(resolution, type(network), network.config, scale)
     size = resolution // scale or network.config.get("sample_size", FLUX_SIZE)
     if not size:
         raise ValueError(f"--model {model}: its network's config.json has sample_size null; give "

@@ -45,6 +45,7 @@ import experiments
 import reproduce_control
 import reproduce_figures
 from evaluate import guard
+from loading import SHIPPED
 from reproduce_figures import headline, settings_of
 from run_folder import read_config, read_metrics
 from sample import is_emoji
@@ -224,10 +225,10 @@ def parse(arguments):
     parser.error = lambda message: parser.exit(2, f"{message}\n")
     args = parser.parse_args(arguments)
 
-    if not (HERE / args.model).exists() and Path(args.model).exists():
-        args.model = str(Path(args.model).resolve())  # the commands run in HERE
-    taken = "emoji", "emoji-flow", "control"
-    if not is_emoji(args.model) and Path(args.model).name in taken:
+    path = Path(args.model).resolve()
+    if path.exists() and path != (HERE / args.model).resolve():
+        args.model = str(path)  # the commands run in HERE
+    if not is_emoji(args.model) and Path(args.model).name in (*SHIPPED, "control"):
         parser.error(f"--model {args.model}: results/{Path(args.model).name} is that of another model; "
                      "give the folder another name")
     choices = list(EXPERIMENTS) if is_emoji(args.model) else FOR_OTHER_MODELS

@@ -260,10 +260,8 @@ def check_rewards(name, values, images, prompts):
     """
     count = len(images)
     try:
-        if isinstance(values, np.ma.MaskedArray):
-            values = values.astype(np.float32, casting="same_kind").filled(np.nan)
-        if isinstance(values, np.ndarray):
-            values = values.astype(np.float32, casting="same_kind")  # any strides, any byte order
+        if isinstance(values, np.ndarray):  # any strides, any byte order; what is masked is no number
+            values = np.ma.filled(values.astype(np.float32, casting="same_kind"), np.nan)
         elif isinstance(values, torch.Tensor) and (values.is_complex() or values.layout != torch.strided):
             raise TypeError
         tensor = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach().clone()
