@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import (DTYPES, condition, ddim_scheduler, decode, denoiser, encode_prompts, is_flow,
-                    latents_shape, main_tokenizer, predict, schedule_inputs)  # first: it quiets the libraries
+                    latents_shape, main_tokenizer, predict, schedule_inputs,
+                    tokens_read)  # first: it quiets the libraries
 from loading import is_emoji, load_pipeline
 
 import torch
@@ -193,8 +194,8 @@ def step_weights(table, policy_steps, kind):
     """(T,) factors of the steps' losses, of mean 1 over the trained ones.
 
     ∂ log p / ∂ output is z c_o / σ. Under Stable Diffusion's schedule |c_o / σ| is nearly even (0.6 to
-    1.1 at T = 20), but 5.4 in the last but one: that step, which decides details at most, has the
-    largest gradient. "equal" divides by the factor."""
+    1.1 at T = 20), but 5.4 in the last but one: that step, which settles only fine details, has
+    the largest gradient. "equal" divides by the factor."""
     weights = torch.ones_like(table[:, 0])
     if kind == "equal":
         weights[policy_steps] = (table[:, 2] / table[:, 1].abs())[policy_steps]
@@ -437,7 +438,7 @@ def main(arguments=None):
         if args.lora and not getattr(denoiser(pipeline), "peft_config", None):
             base = [*denoiser(load()).parameters()]
             tuned = [p.clone() for p in denoiser(pipeline).parameters()]
-        if notice := cut_notice(main_tokenizer(pipeline), prompts):
+        if notice := cut_notice(main_tokenizer(pipeline), prompts, tokens_read(pipeline)):
             print(notice, file=sys.stderr)
         new = not Path(args.out).exists()
         open(args.out, "ab").close()  # fails before the work, not after it

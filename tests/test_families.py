@@ -13,7 +13,9 @@ import ddpo
 import forward
 import rwr
 from families import BUILD, ROOT, flux, save_family
-from models import condition, decode, denoiser, encode_prompts, latents_shape, predict, schedule_inputs
+from models import (condition, decode, denoiser, encode_prompts, latents_shape, main_tokenizer, predict,
+                    schedule_inputs, tokens_read)
+from prompts import cut_prompts
 from run_folder import read_metrics
 from sample import ddim_step, ddim_table, load_pipeline, sample_trajectories
 from training import start
@@ -204,3 +206,20 @@ def test_compiled_blocks_are_those_of_transformers_and_checkpointing_leaves_the_
         predict(denoiser(run.pipeline), x, torch.full((2,), 500.0), embeds).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None]))
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_what_is_told_to_be_cut_is_what_the_encoders_do_not_see(family, folders):
+    """The pipelines hand T5 fewer or more tokens than its tokenizer's model_max_length."""
+    pipeline = load_pipeline(folders[family], "cpu", resolution=16)
+    tokenizer, longest = main_tokenizer(pipeline), tokens_read(pipeline)
+    fits = "cat " * (longest - len(tokenizer("").input_ids))
+    prompts = [fits, fits + "fox", fits + "panda", fits[:-4] + "fox"]
+    cut = cut_prompts(tokenizer, prompts, longest)
+    assert cut == {prompts[1]: "fox", prompts[2]: "panda"}
+    _, fox, panda, last = (pipeline_embeds(pipeline, prompt) for prompt in prompts)
+    assert torch.equal(fox, panda) and not torch.equal(fox, last)
+
+
+def pipeline_embeds(pipeline, prompt):
+    return encode_prompts(pipeline, [prompt])["encoder_hidden_states"]
