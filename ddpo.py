@@ -10,12 +10,12 @@ Denoising is a decision process of T steps. The state is (prompt, t, x_t), the a
 the policy is the Gaussian that the sampler draws it from. The reward comes once, for the finished
 picture, so every step of a picture gets that picture's advantage A. Two estimators of the gradient:
 
-    SF   ∇ E[r] = E[ Σ_t A ∇ log p(x_{t-1} | x_t) ]                 score function (REINFORCE)
-    IS   ∇ E[r] = E[ Σ_t A ∇ ρ_t ],  ρ_t = exp(log p − log p_old)   importance sampling
+    SF   ∇ E[r] ∝ E[ Σ_t A ∇ log p(x_{t-1} | x_t) ]                 score function (REINFORCE)
+    IS   ∇ E[r] ∝ E[ Σ_t A ∇ ρ_t ],  ρ_t = exp(log p − log p_old)   importance sampling
 
 SF is right for pictures of the present policy only: one update an epoch. IS is clipped as in PPO, and
-makes several. Everything random in an epoch is drawn from (seed, epoch, index of the picture), so a run
-that is killed and resumed gives the same numbers (on a GPU up to sums that have no fixed order).
+makes several. ∝, since log p is a mean over the latents, not a sum. All that is random in an epoch is
+drawn from (seed, epoch, picture), so a resumed run gives the same numbers (on a GPU up to the order of sums).
 """
 
 import math
@@ -144,7 +144,7 @@ def fit(run):
     over = begin(run, describe(run, updates, pairs, "(picture, step) pairs", int(config.kl > 0)))
     while not over:
         epoch, clock = run.epoch + 1, time.perf_counter()
-        table, policy_steps, trained_steps, pairs = epoch_steps(run, epoch)
+        table, policy_steps, steps_per_picture, pairs = epoch_steps(run, epoch)
         weights = step_weights(table, policy_steps, config.step_weights)
 
         # 1. sample, 2. reward
@@ -159,7 +159,7 @@ def fit(run):
         ratio_error = torch.zeros((), device=device)
         updating = progress_bar(run, "updating", updates * pairs // run.world)
         for update in range(updates):
-            for image, step in update_pairs(run, epoch, update, policy_steps, trained_steps):
+            for image, step in update_pairs(run, epoch, update, policy_steps, steps_per_picture):
                 x, x_next = (latents[image, step + i].to(device) for i in (0, 1))
                 *embeds, guidance_scale = training_inputs(run, [trajectories.prompts[i] for i in image])
                 image, step = image.to(device), step.to(device)
@@ -218,24 +218,24 @@ def epoch_steps(run, epoch):
     config = run.config
     table, policy_steps = epoch_table(config, run.pipeline, epoch)
     policy_steps = policy_steps[:math.ceil(config.train_first * len(policy_steps))]
-    trained_steps = max(1, round(config.timestep_fraction * len(policy_steps)))
-    pairs = config.images // config.updates * trained_steps
-    return table.to(run.device), policy_steps, trained_steps, pairs
+    steps_per_picture = max(1, round(config.timestep_fraction * len(policy_steps)))
+    pairs = config.images // config.updates * steps_per_picture
+    return table.to(run.device), policy_steps, steps_per_picture, pairs
 
 
-def update_pairs(run, epoch, update, policy_steps, trained_steps):
+def update_pairs(run, epoch, update, policy_steps, steps_per_picture):
     """Yields the (picture, step) pairs of an update on this process, --train-batch at a time.
 
-    Each inner epoch draws `trained_steps` steps for each picture. Update j takes the pictures j,
+    Each inner epoch draws `steps_per_picture` steps for each picture. Update j takes the pictures j,
     j + updates, ..., so that the pictures of a group are spread over the updates."""
     config = run.config
     inner, part = divmod(update, config.updates)
     mine = shard(run, config.images)
     generator = seeded(config.seed, epoch, 2, inner)
     order = torch.rand(config.images, len(policy_steps), generator=generator).argsort(1)
-    steps = policy_steps[order[mine, :trained_steps]]  # (B, trained_steps)
+    steps = policy_steps[order[mine, :steps_per_picture]]  # (B, steps_per_picture)
     chosen = (mine % config.updates == part).nonzero().flatten()
-    image, step = chosen.repeat_interleave(trained_steps), steps[chosen].flatten()
+    image, step = chosen.repeat_interleave(steps_per_picture), steps[chosen].flatten()
     yield from zip(image.split(config.train_batch), step.split(config.train_batch))
 
 

@@ -305,8 +305,8 @@ def test_outside_the_window_steps_are_deterministic_and_are_no_actions(epsilon_m
     settings = SMALL | dict(steps=10, window="2:5")
     run = start(ddpo.check(Config(model=epsilon_model, out=str(tmp_path), **settings)))
     assert step_etas(10, run.config.eta, run.config.window).tolist() == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
-    table, policy_steps, trained_steps, _ = ddpo.epoch_steps(run, 1)
-    assert policy_steps.tolist() == [2, 3] and trained_steps == 2
+    table, policy_steps, steps_per_picture, _ = ddpo.epoch_steps(run, 1)
+    assert policy_steps.tolist() == [2, 3] and steps_per_picture == 2
     _, stochastic = ddim_table(run.pipeline.scheduler, 10, 1.0)
     _, deterministic = ddim_table(run.pipeline.scheduler, 10, 0.0)
     assert torch.equal(table[2:5], stochastic[2:5]) and torch.equal(table[5:, :3], deterministic[5:, :3])
@@ -366,3 +366,9 @@ def test_what_cannot_work_is_one_line(tmp_path, capsys, arguments, names):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and names in err and len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_vae_stays_float32_whatever_the_network_computes_in(epsilon_model):
+    pipeline = load_pipeline(epsilon_model, "cpu", torch.bfloat16)
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.bfloat16
+    assert pipeline.vae.dtype == torch.float32
