@@ -87,9 +87,9 @@ def nft_loss(output, old, target, r, beta, slope=None):
 
 
 def awm_loss(output, old, target, r, beta, slope=None, clip_range=1.0):
-    """(B,) AWM: DDPO-IS with −matching_error for log p, plus β ‖v_θ − v_old‖², which alone bounds the
-    error of a bad picture, one with 2r − 1 > −β. With a slope 2r − 1 counts as many times as the adaptive
-    weight says, and that is large at the noisy steps. Inputs as in nft_loss."""
+    """(B,) AWM: DDPO-IS with −matching_error for log p, plus β ‖v_θ − v_old‖². That alone bounds the
+    error of a bad picture, and only while 2r − 1 > −β. With a slope 2r − 1 counts as many times as the
+    adaptive weight says, and that is large at the noisy steps. Inputs as in nft_loss."""
     log_prob, old_log_prob = (-matching_error(v, target, slope) for v in (output, old))
     ratio_term = is_loss(log_prob, old_log_prob, 2 * r - 1, clip_range)
     return ratio_term + beta * matching_error(output, old)
@@ -175,8 +175,9 @@ def fit(run):
                 weighed = slope if config.weighting == "adaptive" else None
                 common = v, v_old, target, r[index].to(device), config.beta, weighed
                 loss = nft_loss(*common) if config.loss == "nft" else awm_loss(*common, config.clip_range)
-                reference = reference_output(run, *inputs) if config.kl else output.detach()
-                kl = kl_loss(output, reference, guidance_scale).sum()
+                kl = torch.zeros((), device=device)
+                if config.kl:
+                    kl = kl_loss(output, reference_output(run, *inputs), guidance_scale).sum()
                 run.scaler.scale((loss.sum() + config.kl * kl) / pairs).backward()
                 totals += torch.stack([loss.sum(), matching_error(v, v_old).sum(), kl]).detach()
                 updating.update(len(index))
