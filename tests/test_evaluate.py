@@ -11,6 +11,7 @@ import ddpo
 import evaluate
 from ddpo import Config
 from evaluate import diversity, fixed_prompts, guard
+from prompts import load_prompts
 from run_folder import read_metrics
 from training import start
 
@@ -92,11 +93,11 @@ def test_diversity_is_one_minus_the_mean_cosine_within_a_prompt():
     assert diversity(embeddings[2:], ["b", "b"]) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_run_stops_at_the_guard_and_its_folder_holds_the_weights_of_the_best_evaluation(
+def test_the_run_stops_at_the_guard_and_its_folder_holds_the_best_evaluations_weights(
     tmp_path, monkeypatch
 ):
     """The evaluations are real; what they found for the watched metric is replaced, so that the
-    guard stops the run after epoch 1."""
+    guard stops the run after epoch 1, which has no checkpoint of its own."""
     real = evaluate.evaluate
 
     def doctored(run, epoch):
@@ -104,7 +105,7 @@ def test_the_run_stops_at_the_guard_and_its_folder_holds_the_weights_of_the_best
         return real(run, epoch) | {"eval_reward": float(epoch), "eval_clip": clip}
 
     monkeypatch.setattr(evaluate, "evaluate", doctored)
-    settings = SMALL | dict(out=str(tmp_path), epochs=9, watch="clip", guard=1.0)
+    settings = SMALL | dict(out=str(tmp_path), epochs=9, watch="clip", guard=1.0, checkpoint_every=9)
     folder = ddpo.train(Config(**settings))
     assert [row["epoch"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2, 3]
     config = json.loads((folder / "config.json").read_text())
@@ -139,3 +140,31 @@ def test_averaged_weights_lag_behind_and_are_what_is_saved(tmp_path):
     config = ddpo.check(Config(name="ema0.9", ema=0.9, **settings | dict(epochs=4)))
     resumed = start(config, resume=True)
     assert any(not torch.equal(p, average) for p, average in zip(resumed.parameters, resumed.ema))
+
+
+def test_an_evaluation_is_of_the_averaged_weights_and_the_same_in_every_epoch(tmp_path):
+    run = ddpo.prepare(Config(out=str(tmp_path), **SMALL | dict(ema=0.5, watch="")))
+    first = evaluate.evaluate(run, 1)["eval_reward"]
+    with torch.no_grad():
+        for p in run.parameters:
+            p.add_(0.1)
+    newest = [p.clone() for p in run.parameters]
+    assert evaluate.evaluate(run, 2)["eval_reward"] == first
+    assert all(torch.equal(p, value) for p, value in zip(run.parameters, newest))
+    run.ema = newest
+    assert evaluate.evaluate(run, 3)["eval_reward"] != first
+
+
+def test_a_picture_is_recognised_among_all_animals_also_those_held_out(tmp_path, monkeypatch):
+    seen, real = [], evaluate.embeddings_top1
+
+    def embeddings_top1(embeddings, prompts, candidates, device):
+        seen.append(candidates)
+        return real(embeddings, prompts, candidates, device)
+
+    monkeypatch.setattr(evaluate, "embeddings_top1", embeddings_top1)
+    settings = SMALL | dict(out=str(tmp_path), watch="clip", eval_prompts="objects")
+    evaluate.evaluate(ddpo.prepare(Config(**settings)), 0)
+    animals = {*load_prompts("animals"), *load_prompts("animals_held_out")}
+    assert all(animals <= {*candidates} for candidates in seen)
+    assert {*seen[1]} - animals == {*fixed_prompts(load_prompts("objects"), SMALL["eval_images"])}

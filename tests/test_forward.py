@@ -343,3 +343,51 @@ def test_every_preset_has_settings_that_can_work():
         arguments = ["--preset", preset, "--device", "cpu"]
         config = forward.check(forward.parse_config(arguments)[0])
         assert isinstance(config, Config) and config.images % (config.updates * config.group_size) == 0
+
+
+def test_each_pass_over_the_pictures_has_other_steps_and_other_noise(model, tmp_path, monkeypatch):
+    seen, real = [], forward.noised
+
+    def recording(scheduler, *inputs):
+        seen.append(inputs)
+        return real(scheduler, *inputs)
+
+    monkeypatch.setattr(forward, "noised", recording)
+    forward.train(Config(model=model, out=str(tmp_path), **SMALL | dict(epochs=1)))
+    clean, noise, t = (torch.cat(each) for each in zip(*seen))
+    assert len(noise.flatten(1).unique(dim=0)) == len(noise) == 8 * 2
+    for picture in clean.unique(dim=0):
+        assert len(t[(clean == picture).flatten(1).all(1)].unique()) == 2
+
+
+def test_pictures_are_sampled_with_the_old_weights(model, tmp_path, monkeypatch):
+    sampled, real = [], forward.collect
+
+    def recording(run, epoch):
+        sampled.append([p.detach().clone() for p in run.parameters])
+        return real(run, epoch)
+
+    monkeypatch.setattr(forward, "collect", recording)
+    folder = forward.train(Config(model=model, out=str(tmp_path), **SMALL | dict(old_rise=0.05)))
+    saved = torch.load(folder / "checkpoint/epoch_000001.pt", weights_only=True)
+    assert all(map(torch.equal, sampled[1], saved["old"]))
+    assert not all(map(torch.equal, sampled[1], saved["parameters"]))
+
+
+def test_the_clip_range_and_the_weighting_of_the_settings_count(model, tmp_path):
+    def weights(name, **settings):
+        config = Config(model=model, out=str(tmp_path), name=name, **SMALL | dict(epochs=1) | settings)
+        saved = load_checkpoint(forward.train(config) / "checkpoint")
+        return torch.cat([p.flatten() for p in saved["parameters"]])
+
+    wide, narrow = (weights(f"clip{c}", loss="awm", clip_range=c) for c in (1.0, 1e-6))
+    adaptive, none = (weights(kind, weighting=kind) for kind in ("adaptive", "none"))
+    assert not torch.equal(wide, narrow) and not torch.equal(adaptive, none)
+
+
+def test_the_largest_advantage_of_a_mixture_counts_its_negative_weights(model, tmp_path, monkeypatch):
+    largest, real = [], forward.optimality
+    monkeypatch.setattr(forward, "optimality", lambda a, clip: largest.append(clip) or real(a, clip))
+    settings = SMALL | dict(reward="compress:2,incompress:-1", epochs=1, advantage_clip=4.0)
+    forward.train(Config(model=model, out=str(tmp_path), name="mix", **settings))
+    assert largest == [4.0 * 3]

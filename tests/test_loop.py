@@ -7,7 +7,9 @@ import torch
 from torch.distributions import Normal
 
 import ddpo
+import forward
 import models
+import rwr
 import training
 from ddpo import Config
 from prompts import load_prompts
@@ -197,3 +199,109 @@ def test_offload_reads_all_prompts_before_the_text_encoders_leave_the_device(mod
     plain = Config(model=model, out=str(tmp_path), name="plain", **settings | dict(offload=False))
     monkeypatch.undo()
     assert rows[1]["reward_mean"] == read_metrics(ddpo.train(plain) / "metrics.jsonl")[1]["reward_mean"]
+
+
+def test_the_clip_fraction_is_the_share_of_the_ratios_beyond_the_clip_range(model, tmp_path, monkeypatch):
+    outside = []
+
+    def recording(output, x, x_next, rows, old, advantages, clip_range, *others, real=ddpo.policy_loss):
+        objective, loss, log_prob = real(output, x, x_next, rows, old, advantages, clip_range, *others)
+        outside.extend(((log_prob - old).exp() - 1).abs() > clip_range)
+        return objective, loss, log_prob
+
+    monkeypatch.setattr(ddpo, "policy_loss", recording)
+    settings = SMALL | dict(lr=1e-3, clip_range=1e-6, inner_epochs=2)  # only the first update is within it
+    row = read_metrics(ddpo.train(Config(model=model, out=str(tmp_path), **settings)) / "metrics.jsonl")[-1]
+    assert row["clip_fraction"] == pytest.approx(sum(outside).item() / len(outside), rel=1e-5)
+    assert 0.5 < row["clip_fraction"] <= 0.75
+
+
+def test_the_logged_divergence_is_the_mean_without_its_weight(model, tmp_path, monkeypatch):
+    seen, real = [], ddpo.kl_loss
+    monkeypatch.setattr(ddpo, "kl_loss", lambda *inputs: seen.append(real(*inputs)) or seen[-1])
+    folder = ddpo.train(Config(model=model, out=str(tmp_path), **SMALL | dict(kl=0.1, lr=1e-3)))
+    logged = read_metrics(folder / "metrics.jsonl")[1]["kl"]
+    assert logged == pytest.approx(torch.cat(seen).mean().item(), rel=1e-4)
+
+
+def test_a_share_of_the_steps_is_drawn_for_each_picture_and_anew_in_each_inner_epoch(model, tmp_path):
+    settings = SMALL | dict(steps=8, timestep_fraction=0.5, inner_epochs=2)
+    run = ddpo.prepare(Config(model=model, out=str(tmp_path), **settings))
+    _, policy_steps, steps_per_picture, pairs = ddpo.epoch_steps(run, 1)
+    assert (len(policy_steps), steps_per_picture, pairs) == (8, 4, 8 // 2 * 4)
+    drawn = []
+    for inner in (0, 1):
+        updates = (2 * inner, 2 * inner + 1)
+        batches = [batch for update in updates
+                   for batch in ddpo.update_pairs(run, 1, update, policy_steps, steps_per_picture)]
+        drawn.append({(i.item(), s.item()) for images, steps in batches for i, s in zip(images, steps)})
+        assert sorted(i for i, _ in drawn[-1]) == [i for i in range(8) for _ in range(4)]
+    assert drawn[0] != drawn[1]
+
+
+def test_the_gradient_is_cut_to_grad_clip_and_its_norm_before_that_is_returned(model, tmp_path):
+    run = ddpo.prepare(Config(model=model, out=str(tmp_path), **SMALL | dict(grad_clip=0.25)))
+    for p in run.parameters:
+        p.grad = torch.ones_like(p)
+    cut = []
+    run.optimizer.step = lambda: cut.append(torch.cat([p.grad.flatten() for p in run.parameters]).norm())
+    norm = training.apply_gradients(run)
+    assert norm == pytest.approx(sum(p.numel() for p in run.parameters)**0.5, rel=1e-4)
+    assert cut[0].item() == pytest.approx(0.25, rel=1e-3)
+
+
+def test_without_train_guidance_the_training_batch_has_no_unconditional_half(model, tmp_path):
+    for guided, expected in ((True, 3.0), (False, None)):
+        settings = SMALL | dict(name=str(guided), train_guidance=guided)
+        run = ddpo.prepare(Config(model=model, out=str(tmp_path), **settings))
+        _, negative, scale = training.training_inputs(run, ["a cat"])
+        assert scale == expected and (negative is None) == (expected is None)
+
+
+def test_the_learning_rate_rises_during_the_warmup_also_after_a_resume(model, tmp_path):
+    config = Config(model=model, out=str(tmp_path), **SMALL | dict(inner_epochs=2, warmup=8, lr=1e-3))
+    ddpo.train(dataclasses.replace(config))
+    run = ddpo.prepare(dataclasses.replace(config, epochs=2), resume=True)
+    rates = []
+    for _ in range(5):
+        for p in run.parameters:
+            p.grad = torch.ones_like(p)
+        training.apply_gradients(run)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3 * n / 8 for n in (5, 6, 7, 8, 8)])
+
+
+def test_runs_of_two_seeds_draw_other_noise(model, tmp_path):
+    drawn = []
+    for seed in (0, 1):
+        run = ddpo.prepare(Config(model=model, out=str(tmp_path), name=str(seed), seed=seed, **SMALL))
+        drawn.append(training.collect(run, 1)[1].latents[:, 0])
+    assert not (drawn[0] == drawn[1]).flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize("loop", [ddpo, forward, rwr])
+def test_all_random_numbers_of_an_epoch_follow_from_the_seed(model, tmp_path, monkeypatch, loop):
+    keys, real = [], loop.seeded
+    monkeypatch.setattr(loop, "seeded", lambda *key, **where: keys.append(key) or real(*key, **where))
+    names = {field.name for field in dataclasses.fields(loop.Config)}
+    settings = {name: value for name, value in SMALL.items() if name in names}
+    loop.train(loop.Config(model=model, out=str(tmp_path), seed=7, **settings))
+    assert keys and all(key[:2] == (7, 1) for key in keys)
+
+
+def test_rewards_of_a_mixture_are_logged_with_their_weights(model, tmp_path):
+    settings = SMALL | dict(reward="compress:3,incompress:1", name="mix")
+    folder = ddpo.train(Config(model=model, out=str(tmp_path), **settings))
+    row = read_metrics(folder / "metrics.jsonl")[1]
+    assert row["reward_mean"] == pytest.approx(2 * row["reward_compress"]) and row["reward_mean"] < 0
+    assert row["eval_reward"] == pytest.approx(2 * row["eval_compress"])
+
+
+def test_a_resumed_run_has_the_scale_of_its_gradients_back(model, tmp_path, monkeypatch):
+    scaler, config = torch.amp.GradScaler, Config(model=model, out=str(tmp_path), **SMALL)
+    for scale, resume in ((8.0, False), (64.0, True)):
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: scaler("cpu", init_scale=scale))
+        run = ddpo.prepare(dataclasses.replace(config, epochs=1 + resume), resume)
+        if not resume:
+            ddpo.fit(run)
+    assert run.scaler.get_scale() == 8.0

@@ -11,6 +11,7 @@ from families import save_family
 from loading import load_pipeline
 from memory import NETWORKS, peak_memory
 from models import condition, denoiser, predict
+from stable_diffusion import save_pipeline
 
 
 @pytest.mark.parametrize("model, published", [
@@ -94,3 +95,15 @@ def test_the_command_line_tells_of_one_preset_or_model_or_says_what_it_does_not_
         with pytest.raises(SystemExit) as stop:
             memory.main([*arguments, "--device", "cpu"])
         assert len(stop.value.code.splitlines()) == 1 and arguments[1] in stop.value.code
+
+
+def test_eight_bit_moments_take_two_bytes_a_parameter(tmp_path):
+    model = save_pipeline(tmp_path / "model")
+    pipeline = load_pipeline(model, "cpu")
+    base = dict(model=model, lora_rank=0, dtype="fp32", device="cpu", watch="", images=8, guidance_scale=1.0)
+    configs = {(optimizer, ema): ddpo.Config(optimizer=optimizer, ema=ema, **base)
+               for optimizer in ("adamw", "adamw8bit") for ema in (0.0, 0.9)}
+    sizes = {key: peak_memory(config, pipeline=pipeline)["training"] for key, config in configs.items()}
+    trained = sum(p.numel() for p in pipeline.unet.parameters())
+    assert {key: size / trained for key, size in sizes.items()} == {
+        ("adamw", 0.0): 12, ("adamw", 0.9): 16, ("adamw8bit", 0.0): 6, ("adamw8bit", 0.9): 10}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
+import ddpo
 import rwr
 import scripts
 from scripts import finish, flags, numbers
@@ -403,3 +404,21 @@ def test_every_preset_has_settings_that_can_work():
         assert (
             isinstance(config, Config) and config.images % (config.updates * config.group_size) == 0
         )
+
+
+def test_each_pass_over_the_pictures_has_its_own_noise_and_steps(tmp_path, monkeypatch):
+    seen, real = [], rwr.denoising_loss
+    monkeypatch.setattr(rwr, "denoising_loss", lambda pipeline, clean, noise, *rest:
+                        seen.append(noise) or real(pipeline, clean, noise, *rest))
+    rwr.train(Config(out=str(tmp_path), **SMALL | dict(epochs=1)))
+    noise = torch.cat(seen).flatten(1)
+    assert len(noise.unique(dim=0)) == len(noise) == 8 * 2
+
+
+def test_a_mixtures_weights_count_in_what_is_weighed(tmp_path, monkeypatch):
+    seen, scores, real, collect = [], [], rwr.weigh, rwr.collect
+    monkeypatch.setattr(rwr, "collect", lambda run, epoch: scores.append(collect(run, epoch)) or scores[-1])
+    monkeypatch.setattr(rwr, "weigh", lambda rewards, *rest: seen.append(rewards) or real(rewards, *rest))
+    settings = SMALL | dict(epochs=1, name="mix", reward="compress:1,incompress:3")
+    rwr.train(Config(out=str(tmp_path), **settings))
+    torch.testing.assert_close(seen[0], 2 * ddpo.batch_advantages(scores[0][2]["incompress"]))

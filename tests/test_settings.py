@@ -42,3 +42,10 @@ def test_a_setting_that_a_loop_gives_another_default_is_explained_once_by_the_lo
 
     groups = dict(field_comments(Config))
     assert "inner_epochs" in dict(groups["RWR"]) and "inner_epochs" not in dict(groups["updates"])
+
+
+def test_each_process_has_whole_groups_and_batches(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="on each of 3 processes; 24 would do"):
+        ddpo.check(ddpo.Config(out=str(tmp_path), device="cpu", images=32, group_size=4, sample_batch=8,
+                               updates=2))
