@@ -381,7 +381,7 @@ def draw_overoptimisation(runs, results, out):
     titles = {
         "eval_size": "JPEG size (kB): trained on",
         "eval_clip": "CLIP cosine: watched",
-        "eval_clip_top1": "recognised (top-1)",
+        "eval_clip_top1": "CLIP top-1",
         "eval_diversity": "diversity",
     }
     figure, axes = plots(len(titles) + 1, width=3.6)
@@ -431,7 +431,7 @@ def draw_overoptimisation(runs, results, out):
                 trade_off.plot(*point, "*", ms=14, color="k", label="none, stopped by the guard")
     for axis, title in zip(axes, [*titles.values(), "the trade-off"]):
         axis.set(title=title, xlabel="pictures sampled")
-    trade_off.set(xlabel="JPEG size (kB)", ylabel="recognised (top-1)")
+    trade_off.set(xlabel="JPEG size (kB)", ylabel="CLIP top-1")
     trade_off.invert_xaxis()
 
     strengths = results / "logs" / "strength.json"
@@ -441,7 +441,10 @@ def draw_overoptimisation(runs, results, out):
     if strengths.exists():
         numbers["strength"] = json.loads(strengths.read_text())
         points = [(-point["compress"], point["clip_top1"]) for point in numbers["strength"]]
-        label = "none, at strength 0.25 to 1 (seed 0)"
+        trained = [with_size(row) for row in evaluations(runs["over-none-0"])]
+        trained = [(row["eval_size"], row["eval_clip_top1"]) for row in trained]
+        trade_off.plot(*zip(*trained), ":", color="gray", label="none, seed 0 alone")
+        label = "its last weights at strength 0.25 to 1"
         trade_off.plot(*zip(*points), "x--", color="gray", label=label)
     trade_off.legend(fontsize=7)
     save_figure(figure, results / "overoptimisation.png")
