@@ -3,7 +3,8 @@
 The trained reward goes up. At what cost? An evaluation also measures what is *not* trained on: the
 watched metrics, whether CLIP still finds the prompt in the picture among all others, and how
 different the pictures of one prompt are. `guard` turns that into two decisions: which epoch's
-weights to save as the result, and when to stop.
+weights to save as the result, and when to stop. The loops leave both to `begin`, `end_epoch` and
+`finish`, which evaluate, log and save.
 """
 
 import shlex

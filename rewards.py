@@ -280,9 +280,9 @@ def get_reward(spec, device=None):
     """The checked function reward(images, prompts) -> (B,) for a spec.
 
     One reward keeps its own scale, times its weight if it has one. A mixture is the weighted sum of
-    its components' z-scores within the batch; parse_reward gives the components to those who have
-    better statistics. Of a single reward without a weight, .log_counts holds events for the log,
-    which are no errors.
+    its components' z-scores within the batch. A loop, which has more than a batch to normalise them
+    by, takes them one by one (parse_reward, ddpo.mixed_advantages). Of a single reward without a
+    weight, .log_counts holds events for the log, which are no errors.
     """
     device = pick_device(device)
     try:

@@ -78,8 +78,8 @@ def columns(coefficients, latents):
 
 def gaussian_log_prob(next_latents, mean, sigma, log_sigma):
     """(B,) log-density of the latents as they are stored: a mean over a sample's elements, because
-    with a sum of 16,384 the ratio would overflow. So exp of a difference is the true ratio to the
-    power 1/D."""
+    with a sum of 16,384 the ratio would overflow or vanish. So exp of a difference is the true ratio
+    to the power 1/D."""
     squares = ((next_latents - mean) / sigma).square()
     # in two means: torch would divide one long sum differently at B = 1
     squares = squares.mean(-1).reshape(len(squares), -1).mean(1)

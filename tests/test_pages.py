@@ -10,7 +10,7 @@ import pytest
 
 from test_tutorials import ROOT, TUTORIALS, check_links, excerpts
 
-FOLDERS = ("results", "benchmarks", "models/emoji", "emoji/data")
+FOLDERS = ("results", "benchmarks", "models/emoji", "models/emoji-flow", "emoji/data")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
          *(ROOT / folder / "README.md" for folder in FOLDERS)]
 
