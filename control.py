@@ -20,17 +20,19 @@ Everything random in an epoch is drawn from (seed, epoch), so a run that was kil
 same numbers. It leaves runs/<name>/: config.json, metrics.jsonl, progress.png, checkpoint/.
 """
 
+import argparse
 import copy
 import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 
-from control_policy import (Denoiser, apply_gradients, check_numbers, denoising_loss, epochs_of, fit,
-                            log, noise_schedule, open_run, parse, restore, sample_chain)
+from control_policy import (EVALUATION, Denoiser, apply_gradients, check_numbers, denoising_loss,
+                            epochs_of, fit, log, noise_schedule, open_run, parse, restore, sample_chain)
 from control_worlds import SHAPE, demonstrate, draw_scene, draw_scenes, judge
 from ddpo import clip_range_for, group_advantages, is_loss, kl_loss
 from processes import command_line, seeded
@@ -97,9 +99,9 @@ def evaluate(model, config, timesteps, table):
     """
     row, shown = {}, []
     for view, held_out in VIEWS.items():
-        scenes = draw_scenes(config.eval_scenes, seeded(1, 0, *held_out), *held_out)
+        scenes = draw_scenes(config.eval_scenes, seeded(EVALUATION, 0, *held_out), *held_out)
         scenes = scenes.repeat_interleave(16, 0)
-        chain, _ = sample_chain(model, scenes, SHAPE, timesteps, table, seeded(1, 1))
+        chain, _ = sample_chain(model, scenes, SHAPE, timesteps, table, seeded(EVALUATION, 1))
         seen = judge(scenes, chain[:, -1])
         success, groups = seen["success"], zip(seen["route"].split(16), seen["success"].split(16))
         length = (seen["length"] * success).sum() / success.sum().clamp(min=1)
@@ -235,9 +237,19 @@ def parse_config(arguments):
     return parse(arguments, Config, __doc__)
 
 
+def is_closed_loop(arguments):
+    """Whether they are for control_loop.py: a --task, or the --resume of a run that has one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", nargs="?", const="missing")
+    parser.add_argument("--resume", nargs="?", const="", default="")
+    given, _ = parser.parse_known_args(arguments)
+    config = Path(given.resume) / "config.json"
+    return bool(given.task) or config.is_file() and '"task"' in config.read_text()
+
+
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
-    if any(argument.partition("=")[0] == "--task" for argument in arguments):
+    if is_closed_loop(arguments):
         from control_loop import main as closed_loop  # it needs gymnasium
 
         return closed_loop(arguments)

@@ -30,8 +30,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from control_policy import (Denoiser, apply_gradients, check_numbers, denoising_loss, epochs_of, fit,
-                            log, noise_schedule, open_run, parse, restore, sample_chain)
+from control_policy import (EVALUATION, Denoiser, apply_gradients, check_numbers, denoising_loss,
+                            epochs_of, fit, log, noise_schedule, open_run, parse, restore, sample_chain)
 from control_worlds import copy_controller, load_controller, make_envs, play, try_controller
 from ddpo import clip_range_for, is_loss
 from processes import command_line, seeded
@@ -139,7 +139,7 @@ def fine_tune(run):
         return (torch.as_tensor(observations, dtype=torch.float32) - mean) / std
 
     def evaluate():
-        played = rollout((1, 0), seeded(1, 1))
+        played = rollout((EVALUATION, 0), seeded(EVALUATION, 1))
         frames = torch.tensor(np.array(played.observations)[:, 0])  # of the first environment
         return {"eval_return": played.returns.mean(), "eval_std": played.returns.std()}, frames
 

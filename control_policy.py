@@ -25,6 +25,10 @@ from sample import ddim_step
 from settings import add_flags, check_folder, refuse, resumed_config
 
 
+# The first number of an evaluation's keys, which no --seed is: to numpy (1, 0) and (1, 0, 0) are one key.
+EVALUATION = 2**63
+
+
 class Denoiser(nn.Module):
     """Predicts v from latents (B, *shape), timesteps (B,) and a condition (B, K). An MLP.
 

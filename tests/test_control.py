@@ -18,9 +18,9 @@ import control
 import control_loop
 from control import reward_of
 from control_loop import gae, policy_table
-from control_policy import Denoiser, denoising_loss, fit, noise_schedule, sample_chain
+from control_policy import EVALUATION, Denoiser, denoising_loss, fit, noise_schedule, sample_chain
 from control_worlds import (RADIUS, SCALE, SHAPE, clearance, copy_controller, demonstrate,
-                            draw_scenes, judge, make_envs, pendulum_controller, play)
+                            draw_scenes, judge, make_envs, pendulum_controller, play, reset)
 from ddpo import clip_range_for, is_loss
 from run_folder import load_checkpoint, read_metrics
 from scripts import finish, flags, numbers, start
@@ -358,7 +358,6 @@ def test_a_run_that_is_killed_ends_with_the_same_numbers(script, settings, tmp_p
     assert len(read_metrics(metrics)) < 4  # it was killed on its way
     import_module(Path(script).stem).main(flags(name="whole", out=tmp_path, **settings))
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "whole"
-    script = "control_loop.py" if "envs" in settings else script
     import_module(Path(script).stem).main(["--resume", str(tmp_path / "killed")])
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
     states = [load_checkpoint(tmp_path / name / "checkpoint") for name in ("whole", "killed")]
@@ -440,3 +439,67 @@ def test_without_gymnasium_one_sentence_says_what_to_install(monkeypatch, tmp_pa
     with pytest.raises(SystemExit) as stop:
         control_loop.main(["--task", "Pendulum-v1", "--out", str(tmp_path)])
     assert stop.value.code == 2 and "pip install gymnasium" in capsys.readouterr().err
+
+
+def test_an_update_of_plans_has_the_mean_gradient_of_its_steps(tmp_path, monkeypatch):
+    made, each, updates = [], [], []
+    denoiser, loss, apply = control.Denoiser, control.is_loss, control.apply_gradients
+
+    def is_loss(*inputs):
+        value = loss(*inputs)
+        each.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(
+            value.mean(), [*made[0].parameters()], retain_graph=True)]))
+        return value
+
+    def apply_gradients(model, optimizer):
+        updates.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        return apply(model, optimizer)
+
+    monkeypatch.setattr(control, "Denoiser",
+                        lambda *shape, **size: made.append(denoiser(*shape, **size)) or made[-1])
+    monkeypatch.setattr(control, "is_loss", is_loss)
+    monkeypatch.setattr(control, "apply_gradients", apply_gradients)
+    control.train(control.Config(out=str(tmp_path), **PLANS | dict(epochs=1)))
+    assert len(each) == 4 * len(updates)  # PLANS has 4 steps
+    torch.testing.assert_close(updates[0], sum(each[:4]) / 4, rtol=1e-4, atol=1e-7)
+
+
+def test_nothing_follows_an_end_for_good_and_the_critic_says_what_follows_a_time_limit(tmp_path, monkeypatch):
+    next_values, played, real, play = [], [], control_loop.gae, control_loop.play
+    monkeypatch.setattr(control_loop, "play", lambda *inputs: played.append(play(*inputs)) or played[-1])
+    monkeypatch.setattr(control_loop, "gae", lambda rewards, discounts, values, following, *rest:
+                        next_values.append(following) or real(rewards, discounts, values, following, *rest))
+    (tmp_path / "mine.py").write_text(
+        "def idle(observations, generator):\n    return 0 * observations[:, :1]\n")
+    control_loop.train(control_loop.Config(
+        task="Countdown-v0", controller=f"{tmp_path}/mine.py:idle", out=str(tmp_path),
+        **LOOP | dict(envs=16, chunk=2, epochs=1)))
+    terminated = torch.tensor(np.array(played[1].terminated))  # played[0]: the first evaluation
+    assert torch.equal(next_values[0] == 0, terminated) and 0 < terminated[-1].sum() < 16
+
+
+def test_the_last_steps_are_trained_with_advantages_discounted_by_their_distance(tmp_path, monkeypatch):
+    seen, real = [], control_loop.is_loss
+    steps, taken = [], control_loop.ddim_step
+
+    def step(output, x, row, x_next):
+        steps.append(row)
+        return taken(output, x, row, x_next)
+
+    monkeypatch.setattr(control_loop, "ddim_step", step)
+    monkeypatch.setattr(control_loop, "is_loss", lambda log_prob, old, advantages, clip:
+                        seen.append(advantages) or real(log_prob, old, advantages, clip))
+    config = control_loop.Config(out=str(tmp_path), denoising_gamma=0.5, **LOOP | dict(epochs=1))
+    control_loop.train(config)
+    table = control_loop.policy_table(config)[1]
+    for i in range(0, len(seen), 2):
+        assert torch.equal(torch.stack(steps[i:i + 2]), table[-2:])
+        torch.testing.assert_close(seen[i], 0.5 * seen[i + 1])  # the last but one, and the last
+
+
+def test_an_evaluation_starts_from_no_state_that_a_run_of_any_seed_trains_on():
+    envs = make_envs(control_loop.Config(envs=2))
+    starts = [reset(envs, *key) for seed in (0, 1, 2, 2**63 - 1)
+              for key in ((seed, 0), (seed, 0, 0), (seed, 0, 1), (seed, 1))]
+    assert not any(np.array_equal(reset(envs, EVALUATION, 0), start) for start in starts)
+    assert np.array_equal(reset(envs, 1, 0), reset(envs, 1, 0, 0))  # which is why it has a number of its own
