@@ -42,7 +42,7 @@ from emoji import scenes
 from emoji.classifiers import recognised
 from emoji.clip import build_tokenizer, fake, train_clip
 from emoji.diffusion import build_scheduler, export, train_unet, train_vae
-from emoji.trainer import draw, to_pixels
+from emoji.trainer import draw, of_animals, rounded_mean, to_pixels
 from emoji.variants import export_variant, flow_scheduler, report_flow, train_cards, train_flow
 from rewards import clip_top1, jpeg_kilobytes
 from run_folder import picture_grid
@@ -134,11 +134,6 @@ def check(config):
     return config
 
 
-def share(right):
-    """A mean, rounded to what a thousand pictures can tell."""
-    return round(right.float().mean().item(), 4)
-
-
 @torch.no_grad()
 def report(folder, images_per_noun=16, scene_count=1000):
     """How good the exported model is, as a dict; also written to `figures.json` in the folder, beside
@@ -167,11 +162,11 @@ def report(folder, images_per_noun=16, scene_count=1000):
     grey = images.float().mean(1, keepdim=True).round().byte().expand(-1, 3, -1, -1)
     figures = {
         "vae_psnr": round(-10 * math.log10(error / 4), 2),
-        "clip_fresh_scenes": share(clip_top1(images, captions, nouns, model=clip)),
-        "clip_grey_scenes": share(clip_top1(grey, captions, nouns, model=clip)),
-        "clip_fakes": share(clip_top1(to_bytes(fake(pixels)), captions, nouns, model=clip)),
-        "classifier_fresh_scenes": share(recognised(images, captions)),
-        "classifier_scenes_through_the_vae": share(recognised(to_bytes(decoded), captions)),
+        "clip_fresh_scenes": rounded_mean(clip_top1(images, captions, nouns, model=clip)),
+        "clip_grey_scenes": rounded_mean(clip_top1(grey, captions, nouns, model=clip)),
+        "clip_fakes": rounded_mean(clip_top1(to_bytes(fake(pixels)), captions, nouns, model=clip)),
+        "classifier_fresh_scenes": rounded_mean(recognised(images, captions)),
+        "classifier_scenes_through_the_vae": rounded_mean(recognised(to_bytes(decoded), captions)),
     }
     prompts = nouns * images_per_noun
     for guidance_scale in (3.0, 4.0, 5.0):
@@ -182,10 +177,10 @@ def report(folder, images_per_noun=16, scene_count=1000):
         }
         for judge, right in judged.items():
             name = f"{judge}_generated_guidance_{guidance_scale:g}"
-            figures[name] = share(right)
-            figures[f"{name}_animals"] = share(right.view(images_per_noun, -1)[:, :69])
+            figures[name] = rounded_mean(right)
+            figures[f"{name}_animals"] = rounded_mean(of_animals(right, images_per_noun))
         if guidance_scale == 4.0:
-            figures["jpeg_kilobytes_generated"] = share(jpeg_kilobytes(images))
+            figures["jpeg_kilobytes_generated"] = rounded_mean(jpeg_kilobytes(images))
             rows = range(0, len(nouns), 10)
             names = [", ".join(scenes.nouns()[row:row + 10]) for row in rows]
             sheet = picture_grid([images[:len(nouns)][row:row + 10] for row in rows], names)

@@ -9,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import models
+from emoji import scenes
 from run_folder import write_whole
 from sample import sample_trajectories
 
@@ -55,6 +56,18 @@ def draw(pipeline, prompts, steps, guidance_scale, label, eta=1.0, sampler="ddim
             pipeline, batch, steps, guidance_scale, eta, generators, dtype(), sampler=sampler
         ).images.cpu())
     return torch.cat(images)
+
+
+def rounded_mean(values):
+    """A mean, rounded to what a thousand pictures can tell."""
+    return round(values.float().mean().item(), 4)
+
+
+def of_animals(values, images_per_noun):
+    """The values of the animals' pictures, of one for each picture of `scenes.nouns() * images_per_noun`,
+    of which the animals are the first."""
+    animals = len(scenes.nouns("animals")) + len(scenes.nouns("held_out_animals"))
+    return values.view(images_per_noun, -1)[:, :animals]
 
 
 def finished(name, config, model):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from sample import ETAS
 from test_tutorials import ROOT, TUTORIALS, check_links, excerpts
 
 FOLDERS = ("results", "benchmarks", "models/emoji", "models/emoji-flow", "emoji/data")
@@ -115,3 +116,17 @@ def test_the_headlines_seconds_are_those_of_the_record():
     records = json.loads((ROOT / "benchmarks/time_to_target.json").read_text())
     shown = between((ROOT / "README.md").read_text(), "time_to_target")
     assert shown.strip() == time_to_target_tables.headline(next(iter(records.values())))
+
+
+DIGITS = {"classifier": 3, "classifier_animals": 3, "clip_top1": 3, "jpeg_kilobytes": 2}
+
+
+def test_the_flow_models_card_shows_its_figures():
+    figures = json.loads((ROOT / "models/emoji-flow/figures.json").read_text())
+    card = (ROOT / "models/emoji-flow/README.md").read_text()
+    names = {"no noise": "ode"} | {f"{name}, η {eta:g}": name for name, eta in ETAS.items()}
+    for label, name in names.items():
+        shown = next(line for line in card.splitlines() if line.startswith(f"| {label} |"))
+        recorded = [f" {figures[f'{who}_{name}_{kind}']:.{digits}f} "
+                    for kind, digits in DIGITS.items() for who in ("flow", "teacher")]
+        assert shown.split("|")[2:-1] == recorded
