@@ -395,7 +395,7 @@ def test_a_run_that_is_killed_ends_with_the_same_numbers(script, settings, tmp_p
 def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
         script, arguments, names, tmp_path, capsys):
     (tmp_path / "loop").mkdir()
-    (tmp_path / "loop/config.json").write_text(json.dumps({"task": "Pendulum-v1"}))
+    (tmp_path / "loop/config.json").write_text(json.dumps({"reward": "compress"}))
     arguments = [str(tmp_path / "loop") if word == "LOOP" else word for word in arguments]
     if arguments[0] != "--resume":
         arguments += ["--out", str(tmp_path / "runs")]
