@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from models import (condition, ddim_scheduler, denoiser, first_line, kind_of, latents_shape,
-                    network_channels, network_name, predict, set_resolution,
+                    main_tokenizer, network_channels, network_name, predict, set_resolution,
                     text_encoders)  # first: it quiets the libraries
 
 import diffusers
@@ -94,6 +94,10 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
                          "diffusers' layout or a hub id such as "
                          "stable-diffusion-v1-5/stable-diffusion-v1-5") from error
     pipeline.scheduler = ddim_scheduler(pipeline.scheduler)
+    tokenizer, options = main_tokenizer(pipeline), inspect.signature(pipeline.encode_prompt).parameters
+    if "max_sequence_length" in options and not isinstance(tokenizer, transformers.CLIPTokenizer):
+        # what the pipeline hands to T5, whatever the tokenizer's own configuration says
+        tokenizer.model_max_length = options["max_sequence_length"].default
     network = denoiser(pipeline)
     if lora is not None:
         load_tuned(pipeline, Path(lora), lora_scale, dtype)

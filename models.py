@@ -12,7 +12,6 @@ shape, and embeddings that it only hands on.
 """
 
 import contextlib
-import inspect
 import os
 import warnings
 from pathlib import Path
@@ -79,15 +78,6 @@ def main_tokenizer(pipeline):
     """Of the text encoder that reads most of a prompt: T5 where there is one."""
     return (getattr(pipeline, "tokenizer_3", None) or getattr(pipeline, "tokenizer_2", None)
             or pipeline.tokenizer)
-
-
-def tokens_read(pipeline):
-    """How many tokens of a prompt that encoder sees: CLIP has places for so many, T5 gets as many as the
-    pipeline's encode_prompt hands to it."""
-    tokenizer, parameters = main_tokenizer(pipeline), inspect.signature(pipeline.encode_prompt).parameters
-    if "max_sequence_length" in parameters and not isinstance(tokenizer, transformers.CLIPTokenizer):
-        return parameters["max_sequence_length"].default
-    return tokenizer.model_max_length
 
 
 def network_channels(network):

@@ -92,27 +92,25 @@ def digest(prompts):
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
-def cut_prompts(tokenizer, prompts, longest=None):
+def cut_prompts(tokenizer, prompts):
     """{prompt: its end, which the text encoder never sees} for the prompts that are too long.
 
     tokenizer: one of transformers whose texts end with one special token, as those of CLIP and T5.
-    longest: how many tokens the encoder sees (default: the tokenizer's model_max_length).
     """
-    longest, unique = longest or tokenizer.model_max_length, list(dict.fromkeys(prompts))
+    longest, unique = tokenizer.model_max_length, list(dict.fromkeys(prompts))
     rows = tokenizer(unique, truncation=False, verbose=False).input_ids
     return {prompt: tokenizer.decode(tokens[longest - 1 : -1]).strip()
             for prompt, tokens in zip(unique, rows) if len(tokens) > longest}
 
 
-def cut_notice(tokenizer, prompts, longest=None):
-    """One line about the prompts that are cut, with an example. "" if none is. See cut_prompts."""
-    longest = longest or tokenizer.model_max_length
-    cut = cut_prompts(tokenizer, prompts, longest)
+def cut_notice(tokenizer, prompts):
+    """One line about the prompts that the tokenizer cuts, with an example. "" if it cuts none."""
+    cut = cut_prompts(tokenizer, prompts)
     if not cut:
         return ""
     prompt, end = next(iter(cut.items()))
     return (f"prompts: {len(cut)} of {len(set(prompts))} have more than the "
-            f"{longest} tokens that the text encoder reads; it does not see the "
+            f"{tokenizer.model_max_length} tokens that the text encoder reads; it does not see the "
             f"end, such as {end!r:.80} of {prompt!r:.80}")
 
 

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import (DTYPES, condition, ddim_scheduler, decode, denoiser, encode_prompts, is_flow,
-                    latents_shape, main_tokenizer, predict, schedule_inputs,
-                    tokens_read)  # first: it quiets the libraries
+                    latents_shape, main_tokenizer, predict, schedule_inputs)  # first: it quiets the libraries
 from loading import is_emoji, load_pipeline
 
 import torch
@@ -438,7 +437,7 @@ def main(arguments=None):
         if args.lora and not getattr(denoiser(pipeline), "peft_config", None):
             base = [*denoiser(load()).parameters()]
             tuned = [p.clone() for p in denoiser(pipeline).parameters()]
-        if notice := cut_notice(main_tokenizer(pipeline), prompts, tokens_read(pipeline)):
+        if notice := cut_notice(main_tokenizer(pipeline), prompts):
             print(notice, file=sys.stderr)
         new = not Path(args.out).exists()
         open(args.out, "ab").close()  # fails before the work, not after it

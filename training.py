@@ -34,8 +34,7 @@ from tqdm import tqdm
 from loading import load_pipeline
 from memory import estimate
 from models import (DTYPES, blocks, condition, decode, denoiser, encode_prompts, is_flow, latents_shape,
-                    main_tokenizer, make_trainable, passes, predict, schedule_inputs, text_encoders,
-                    tokens_read)
+                    main_tokenizer, make_trainable, passes, predict, schedule_inputs, text_encoders)
 from processes import RunStopped, gather, seeded, sum_gradients
 from prompts import cut_notice, digest, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
@@ -135,7 +134,7 @@ def set_up(config, folder, resume, reference):
     # what is trained is float32
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32,
                              resolution=config.resolution)
-    notice = cut_notice(main_tokenizer(pipeline), prompts + held_out, tokens_read(pipeline))
+    notice = cut_notice(main_tokenizer(pipeline), prompts + held_out)
     if notice and rank == 0:
         print(notice, file=sys.stderr)
     if device.type == "cuda" and rank == 0:

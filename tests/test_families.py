@@ -14,7 +14,7 @@ import forward
 import rwr
 from families import BUILD, ROOT, flux, save_family
 from models import (condition, decode, denoiser, encode_prompts, latents_shape, main_tokenizer, predict,
-                    schedule_inputs, tokens_read)
+                    schedule_inputs)
 from prompts import cut_prompts
 from run_folder import read_metrics
 from sample import ddim_step, ddim_table, load_pipeline, sample_trajectories
@@ -210,12 +210,12 @@ def test_compiled_blocks_are_those_of_transformers_and_checkpointing_leaves_the_
 
 @pytest.mark.parametrize("family", BUILD)
 def test_what_is_told_to_be_cut_is_what_the_encoders_do_not_see(family, folders):
-    """The pipelines hand T5 fewer or more tokens than its tokenizer's model_max_length."""
+    """The pipelines hand T5 another number of tokens than its saved tokenizer's model_max_length."""
     pipeline = load_pipeline(folders[family], "cpu", resolution=16)
-    tokenizer, longest = main_tokenizer(pipeline), tokens_read(pipeline)
-    fits = "cat " * (longest - len(tokenizer("").input_ids))
+    tokenizer = main_tokenizer(pipeline)
+    fits = "cat " * (tokenizer.model_max_length - len(tokenizer("").input_ids))
     prompts = [fits, fits + "fox", fits + "panda", fits[:-4] + "fox"]
-    cut = cut_prompts(tokenizer, prompts, longest)
+    cut = cut_prompts(tokenizer, prompts)
     assert cut == {prompts[1]: "fox", prompts[2]: "panda"}
     _, fox, panda, last = (pipeline_embeds(pipeline, prompt) for prompt in prompts)
     assert torch.equal(fox, panda) and not torch.equal(fox, last)
