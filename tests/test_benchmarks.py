@@ -40,7 +40,7 @@ def run(script, *arguments, **settings):
     return done.stdout
 
 
-def test_variants_of_an_epoch_do_the_same_work_and_are_compared_with_the_first(tmp_path):
+def test_variants_of_an_epoch_do_the_same_work_and_are_compared_with_the_first(tmp_path, capsys):
     reference, other = "fp32, scaled_dot_product_attention", "fp32, plain matrix products"
     assert reference == list(epoch.CPU_VARIANTS)[0] and other in epoch.CPU_VARIANTS
     out = tmp_path / "epoch.json"
@@ -53,10 +53,11 @@ def test_variants_of_an_epoch_do_the_same_work_and_are_compared_with_the_first(t
     assert record["summary"][other]["epoch"]["median"] > 0 and f"| {other} | " in printed
     assert record["device"] and record["threads"] == 1
     assert "benchmarks/epoch.py --rounds 1" in record["command"]
-    assert printed.strip() in run("epoch.py", "--table", "--out", str(out))
+    epoch.main(["--table", "--out", str(out)])
+    assert printed.strip() in capsys.readouterr().out
 
 
-def test_rounding_moves_the_ratio_more_the_fewer_digits_a_precision_has(tmp_path, monkeypatch):
+def test_rounding_moves_the_ratio_more_the_fewer_digits_a_precision_has(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rounding, "STEPS", 3)
     monkeypatch.setattr(rounding, "SIDE", 8)
     out = tmp_path / "rounding.json"
@@ -64,10 +65,8 @@ def test_rounding_moves_the_ratio_more_the_fewer_digits_a_precision_has(tmp_path
     record, = json.loads(out.read_text()).values()
     assert record["latents"] == [8, 8, 8] and len(record["bf16"]["ratios_minus_1"]) == 3
     assert record["fp32"]["median"] < 1e-5 < record["bf16"]["median"]
-    assert rounding.table(record) in subprocess.run(
-        [sys.executable, "benchmarks/rounding.py", "--table", "--out", str(out)],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout
+    rounding.main(["--table", "--out", str(out)])
+    assert rounding.table(record) in capsys.readouterr().out
 
 
 def test_rows_of_a_replayed_graph_are_counted():

@@ -277,7 +277,8 @@ pathlib.Path("pid").write_text(str(os.getpid()))
 time.sleep(600)
 """
 WITH_ONE_SLEEPING_RUN = """
-import pathlib, reproduce
+import pathlib, reproduce, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 reproduce.EXPERIMENTS["rewards"] = lambda seeds: {"sleeper-0": "sleeper.py"}, None
 reproduce.HERE = pathlib.Path.cwd()
 reproduce.main(["rewards"])
@@ -295,12 +296,15 @@ def test_no_run_outlives_the_command_that_started_it(tmp_path, killed_by):
     process = subprocess.Popen([sys.executable, "-c", WITH_ONE_SLEEPING_RUN], cwd=tmp_path,
                                env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 300  # on a busy machine its imports take long
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    run = int((tmp_path / "pid").read_text())
-    process.send_signal(killed_by)
-    _, errors = process.communicate(timeout=100)
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.05)
+        run = int((tmp_path / "pid").read_text())
+        process.send_signal(killed_by)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
     if killed_by == signal.SIGTERM:
         assert errors.splitlines()[-1] == "stopped; the same command goes on"
     while is_alive(run):
