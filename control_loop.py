@@ -266,7 +266,7 @@ def draw_progress(config, rows, shown, path):
     for axis, epoch in zip(axes[1:], (min(shown), max(shown))):
         axis.set(title=f"epoch {epoch}")
         if config.task != "Pendulum-v1":
-            axis.plot(shown[epoch])
+            axis.plot(shown[epoch].numpy())  # matplotlib 3.8 takes no tensor of two dimensions
             axis.set(xlabel="decision", ylabel="observation")
             continue
         for i, (cos, sin, _) in enumerate(shown[epoch][::2]):

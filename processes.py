@@ -33,7 +33,7 @@ class PeerLost(Exception):
 def seeded(*key, device="cpu"):
     """A generator that depends on the key alone: it has no state that a resumed run could lose."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
+    return torch.Generator(device).manual_seed(int(state) >> 1)  # numpy 1 has no uint64 >> int
 
 
 def gather(values):

@@ -7,7 +7,7 @@ import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline,
                        FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline,
                        StableDiffusionXLPipeline, UNet2DConditionModel)
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config,
                           T5EncoderModel, T5TokenizerFast)
 
@@ -26,7 +26,8 @@ def clip(tokenizer, model=CLIPTextModelWithProjection):
 def t5():
     pieces = [(piece, -1.0) for piece in ["<pad>", "</s>", "<unk>", *(f"▁{word}" for word in WORDS)]]
     words = Tokenizer(models.Unigram(pieces, unk_id=2))
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = T5TokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>",
                                 unk_token="<unk>", extra_ids=0, model_max_length=16)
     config = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
