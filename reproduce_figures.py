@@ -11,6 +11,7 @@ import shutil
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ddpo import Config
@@ -55,7 +56,8 @@ def interval(values):
     if len(values) < 2:
         return values[0], 0.0
     t = T_95.get(len(values), 2.31)
-    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
+    # numpy: before Python 3.11 statistics.stdev has other last digits
+    return statistics.mean(values), t * float(np.std(values, ddof=1)) / len(values) ** 0.5
 
 
 def between(curve, x):
