@@ -617,7 +617,8 @@ def test_compiled_blocks_have_room_for_each_batch_and_what_stays_eager_is_said(m
         for _ in range(2):
             training.say_what_is_eager(run)
         err = capsys.readouterr().err
-        assert err.count("in eager mode") == 1 and "limit" in err  # torch 2.10: recompile_limit
+        assert err.count("in eager mode") == 1
+        assert "recompile limit" in err.replace("_", " ")  # torch 2.10 writes recompile_limit
         training.close(run)
     finally:
         dynamo.recompile_limit, dynamo.accumulated_recompile_limit = limits
