@@ -24,6 +24,7 @@ import reproduce_figures
 from reproduce import EXPERIMENTS, finished, plan, run_all
 from reproduce_figures import between, interval, kept, measure
 from run_folder import read_metrics
+from scripts import finish
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -296,15 +297,12 @@ def test_no_run_outlives_the_command_that_started_it(tmp_path, killed_by):
     process = subprocess.Popen([sys.executable, "-c", WITH_ONE_SLEEPING_RUN], cwd=tmp_path,
                                env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 300  # on a busy machine its imports take long
-    try:
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.05)
-        run = int((tmp_path / "pid").read_text())
-        process.send_signal(killed_by)
-        _, errors = process.communicate(timeout=100)
-    finally:
-        process.kill()
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    run = int((tmp_path / "pid").read_text())
+    process.send_signal(killed_by)
+    _, _, errors = finish(process, timeout=100)
     if killed_by == signal.SIGTERM:
         assert errors.splitlines()[-1] == "stopped; the same command goes on"
     while is_alive(run):
