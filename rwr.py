@@ -32,11 +32,10 @@ import settings
 from ddpo import batch_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from loading import is_emoji
 from models import denoiser
 from processes import command_line, gather, reduce, seeded
 from sample import noised, predict
-from settings import Settings, above_zero, at_least, check_choices, refuse
+from settings import Settings, above_zero, at_least, check_choices, emoji_sized, refuse
 from training import (apply_gradients, collect, describe, progress_bar, reward_row, shard, start,
                       time_row, training_inputs)
 
@@ -53,8 +52,8 @@ class Config(Settings):
     per_prompt: bool = True  # weigh a picture among those of its prompt, not among all of the epoch
     inner_epochs: int = 5  # passes over the pictures, with new t and ε each time: as many network
         # rows as ddpo.py's 5 steps of each picture
-    lr: float = 0.0  # 0: that of ddpo.py, but a quarter of it on the emoji models, whose pictures
-        # wash out above
+    lr: float = 0.0  # 0: that of ddpo.py, but a quarter of it where that is the emoji models',
+        # whose pictures wash out above
 
 
 # The paper: 10k pictures an iteration, 400 updates of 128. Here a tenth of the pictures, in groups,
@@ -120,7 +119,7 @@ def check(config):
         refuse(config, "group_size", "a picture that is alone with its prompt always weighs 1; choose "
                "at least 2, or --no-per-prompt")
     suffix = "" if config.name else "-rwr-sparse" if config.weights == "sparse" else "-rwr"
-    slower = 4 if config.lr == 0 and is_emoji(config.model) else 1
+    slower = 4 if config.lr == 0 and emoji_sized(config) else 1
     config = settings.check(config)
     config.name += suffix  # beside the runs of ddpo.py
     config.lr /= slower

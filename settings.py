@@ -63,8 +63,8 @@ class Settings:
         # faster, and the pictures suffer less
     lora_targets: str = ""  # layers that get an adapter, with --lora-rank, such as "to_q,proj_in" (default:
         # those of the attention, see models.lora_targets)
-    lr: float = 0.0  # 0: 3e-3 for LoRA and 1.3e-4 for the whole network; on other models than the
-        # emoji model 3e-4 and 1e-5
+    lr: float = 0.0  # 0: 3e-3 for LoRA and 1.3e-4 for the whole network on the shipped models, or with
+        # --preset emoji; on others 3e-4 and 1e-5
     warmup: int = 10  # updates in which the learning rate rises, because Adam's first steps have
         # full length, however noisy the gradient is
     weight_decay: float = 1e-4  # of AdamW
@@ -182,8 +182,7 @@ def check(config):
     check_machine(config)
 
     config.updates = config.updates or 1
-    emoji = is_emoji(config.model)  # 110 times smaller than Stable Diffusion: it needs larger steps
-    lora_lr, whole_lr = (3e-3, 1.3e-4) if emoji else (3e-4, 1e-5)
+    lora_lr, whole_lr = (3e-3, 1.3e-4) if emoji_sized(config) else (3e-4, 1e-5)
     config.lr = config.lr or (lora_lr if config.lora_rank else whole_lr)
     config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward).lstrip("._")
     check_folder(config)
@@ -206,6 +205,12 @@ def check(config):
             refuse(config, setting, "a name that ends in _std means the spread of a metric in the log; "
                    "rename the function")
     return config
+
+
+def emoji_sized(config):
+    """Whether the network is like the shipped ones, 110 times smaller than Stable Diffusion, and needs larger
+    steps. The preset says so of one's own, such as runs/pretrain/emoji-cards."""
+    return config.preset == "emoji" or is_emoji(config.model)
 
 
 def check_folder(config):

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import ddpo
+import rwr
 from ddpo import Config, PRESETS, kl_loss, parse_config, reference_output, step_weights
 from loading import is_emoji
 from models import latents_shape
@@ -340,6 +341,12 @@ def test_the_whole_unet_of_another_model_has_a_smaller_learning_rate():
     rates = {(model, rank): ddpo.check(Config(model=model, lora_rank=rank, device="cpu")).lr
              for model in ("models/emoji", "sd") for rank in (0, 4)}
     assert rates == {("models/emoji", 0): 1.3e-4, ("models/emoji", 4): 3e-3, ("sd", 0): 1e-5, ("sd", 4): 3e-4}
+
+
+def test_a_model_of_ones_own_that_is_like_the_shipped_one_learns_as_fast_where_the_preset_says_so():
+    for loop, lr in ((ddpo, 1.3e-4), (rwr, 1.3e-4 / 4)):
+        for flags in (["--model", "mine", "--preset", "emoji"], []):
+            assert loop.check(loop.parse_config([*flags, "--device", "cpu"])[0]).lr == lr
 
 
 @pytest.mark.parametrize("arguments, names", [
