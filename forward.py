@@ -18,8 +18,8 @@ same. At r = 1/2 its gradient is 0: the model cannot drift as rwr.py's does (tut
 
 v is the network's own target: ε, VP's v, x_0, or the flow's ε − x_0. At a given x_t each is affine in any
 other, so their errors differ by a factor of t alone: a weight of the timesteps. --weighting adaptive, the
-default as published, takes the errors of x̂_0, each branch over its own size; none takes those of v, and
-the identity is exact.
+default and DiffusionNFT's, takes the errors of x̂_0, each branch over its own size; none takes those of v,
+and the identity is exact.
 """
 
 import time
@@ -87,9 +87,10 @@ def nft_loss(output, old, target, r, beta, slope=None):
 
 
 def awm_loss(output, old, target, r, beta, slope=None, clip_range=1.0):
-    """(B,) AWM: DDPO-IS with −matching_error for log p, plus β ‖v_θ − v_old‖². That alone bounds the
-    error of a bad picture, and only while 2r − 1 > −β. With a slope 2r − 1 counts as many times as the
-    adaptive weight says, and that is large at the noisy steps. Inputs as in nft_loss."""
+    """(B,) AWM: DDPO-IS with −matching_error for log p, plus β ‖v_θ − v_old‖². Of a bad picture the
+    first term pushes the error up, ever more weakly as its ratio falls. While 2r − 1 > −β the other one
+    holds it from the start, else only once the ratio is below β / (1 − 2r). With a slope 2r − 1 counts as
+    many times as the adaptive weight says, which is large at the noisy steps. Inputs as in nft_loss."""
     log_prob, old_log_prob = (-matching_error(v, target, slope) for v in (output, old))
     ratio_term = is_loss(log_prob, old_log_prob, 2 * r - 1, clip_range)
     return ratio_term + beta * matching_error(output, old)
@@ -97,7 +98,8 @@ def awm_loss(output, old, target, r, beta, slope=None, clip_range=1.0):
 
 def old_decay(updates, flat, rise, ceiling):
     """The decay in v_old ← decay v_old + (1 − decay) v_θ, after an epoch. Published (flat, rise, ceiling):
-    (0, 0.001, 0.5), or (75, 0.0075, 0.999) for text in pictures; AWM (0, 0.001, 0.3)."""
+    (0, 0.001, 0.5), or (75, 0.0075, 0.999) for text in pictures. AWM's (0, 0.001, 0.3) are of its
+    trust region alone: its pictures and log p_old come from the newest weights."""
     return min(max(updates - flat, 0) * rise, ceiling)
 
 

@@ -64,7 +64,7 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
 
     model: a folder in diffusers' layout, or a hub id.
     dtype: of the network and the text encoders; the VAE stays in float32: SDXL's overflows in
-    float16, and bfloat16 cannot tell 256 levels apart.
+    float16, and bfloat16 rounds pixel values by a level or more.
     lora: a run's folder: its adapter (pytorch_lora_weights.safetensors), or its whole fine-tuned
     unet/ or transformer/.
     lora_scale: the strength of what was trained: 0 (the base model) to 1 (as trained).

@@ -14,7 +14,7 @@ policy gradient needs. For Stable Diffusion and its usual sampler (`ddim`) a ste
     x' ~ N(μ, σ²)
 
 μ is affine in x and in the network's output, whatever the network predicts. That also holds for flow-matching
-models, and for the other samplers in use. So four numbers a step are the whole scheduler: c_x, c_o, σ, log σ.
+models, and for the other samplers here. So four numbers a step are the whole scheduler: c_x, c_o, σ, log σ.
 `ddim_table` derives and computes them once; `ddim_step` and the kernels need nothing else.
 """
 
@@ -104,7 +104,7 @@ def step_etas(steps, eta=1.0, window="", shift="", epoch=1):
 
 
 # η of each sampler where nothing else is asked for. 1 is DDPM's noise; flow and dance have their papers'
-# value, cps what is in common use. Above the second number ddim and cps would add more noise than s'.
+# value, cps Flow-GRPO's. Above MAX_ETAS ddim could add more noise than s', and cps would add less again.
 ETAS = {"ddim": 1.0, "cps": 0.7, "flow": 0.7, "dance": 0.3}
 MAX_ETAS = {"ddim": 1.0, "cps": 1.0, "flow": 2.0, "dance": 2.0}
 
@@ -128,8 +128,8 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
         dance   σ = η k' sqrt(t − t')                   b = s' − σ²/(2 k' t)    DanceGRPO, arXiv 2505.07818
 
     k = α + s takes any x to flow coordinates: x/k at time t = s/k. There the last two are Euler–Maruyama
-    steps of an SDE with g² = σ²/(t − t'). Its drift, v + g²/(2t) ε̂, is right to first order in the step
-    alone, so some noise stays in the picture.
+    steps of an SDE with g² = σ²/(t − t') and drift v + g²/(2t) ε̂. Such a step is right to first order in
+    its length alone, so some noise stays in the picture.
 
     eta: η, one for all steps or one for each, (T,), in the sampler's own meaning (see ETAS). Where σ = 0 (at
     η = 0, and in a last step that ends without noise) log σ is -inf: a deterministic step.
@@ -192,7 +192,7 @@ def prediction_kind(scheduler):
 def step_weights(table, policy_steps, kind):
     """(T,) factors of the steps' losses, of mean 1 over the trained ones.
 
-    ∂ log p / ∂ output is z c_o / σ. Under Stable Diffusion's schedule |c_o / σ| is nearly even (0.6 to
+    ∂ log p / ∂ output is z c_o / (σ D). Under Stable Diffusion's schedule |c_o / σ| is nearly even (0.6 to
     1.1 at T = 20), but 5.4 in the last but one: that step, which settles only fine details, has
     the largest gradient. "equal" divides by the factor."""
     weights = torch.ones_like(table[:, 0])
