@@ -32,7 +32,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from control_policy import (EVALUATION, Denoiser, apply_gradients, check_numbers, denoising_loss,
-                            epochs_of, fit, log, noise_schedule, open_run, parse, restore, sample_chain)
+                            epochs_of, log, noise_schedule, open_run, parse, pretrain, restore,
+                            sample_chain)
 from control_worlds import SHAPE, demonstrate, draw_scene, draw_scenes, judge
 from ddpo import clip_range_for, group_advantages, is_loss, kl_loss
 from processes import command_line, seeded
@@ -114,17 +115,17 @@ def evaluate(model, config, timesteps, table):
 
 def train(config, resume=False):
     """Pretrain and fine-tune as the settings say. Returns the run's folder."""
-    return fine_tune(prepare(config, resume))
+    return fit(prepare(config, resume))
 
 
 def prepare(config, resume):
     return open_run(check(config), resume)
 
 
-def fine_tune(run):
+def fit(run):
     config, folder = run.config, run.folder
-    timesteps, table = ddim_table(noise_schedule(), config.steps)
-    alphas_cumprod = noise_schedule().alphas_cumprod
+    scheduler = noise_schedule()
+    timesteps, table = ddim_table(scheduler, config.steps)
     clip_range = clip_range_for(config.clip_range, SHAPE)
     torch.manual_seed(config.seed)
     model = Denoiser(SHAPE, condition=8, frequencies=2)
@@ -136,13 +137,13 @@ def fine_tune(run):
     def loss_on_demonstrations(generator):
         scenes = draw_scenes(512, generator)
         plans = demonstrate(scenes, generator)
-        return denoising_loss(model, plans, scenes, alphas_cumprod, generator)
+        return denoising_loss(model, plans, scenes, scheduler, generator)
 
     if run.saved:
         restore(run, keeps)
         shown = run.saved["shown"]
     else:
-        fit(model, loss_on_demonstrations, config.pretrain, seeded(config.seed, 0))
+        pretrain(model, loss_on_demonstrations, config.pretrain, seeded(config.seed, 0))
         base.load_state_dict(model.state_dict())
         row, plans = evaluate(model, config, timesteps, table)
         shown = {0: plans}  # what progress.png shows of each evaluation
@@ -171,7 +172,7 @@ def fine_tune(run):
             for step in range(config.steps):
                 x, x_next, old = chain[:, step], chain[:, step + 1], old_log_probs[:, step]
                 if config.algorithm == "rwr":
-                    loss = denoising_loss(model, chain[:, -1], scene, alphas_cumprod, generator)
+                    loss = denoising_loss(model, chain[:, -1], scene, scheduler, generator)
                     loss = exp_weights(advantage, config.beta) * loss
                 else:
                     inputs = x, timesteps[step].expand(len(x)), scene
@@ -254,7 +255,7 @@ def main(arguments=None):
 
         return closed_loop(arguments)
     command_line(arguments, parse_config, prepare,
-                 lambda run: print(fine_tune(run)))
+                 lambda run: print(fit(run)))
 
 
 if __name__ == "__main__":

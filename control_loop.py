@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from control_policy import (EVALUATION, Denoiser, apply_gradients, check_numbers, denoising_loss,
-                            epochs_of, fit, log, noise_schedule, open_run, parse, restore, sample_chain)
+                            epochs_of, log, noise_schedule, open_run, parse, pretrain, restore,
+                            sample_chain)
 from control_worlds import copy_controller, load_controller, make_envs, play, try_controller
 from ddpo import clip_range_for, is_loss
 from processes import command_line, seeded
@@ -110,20 +111,20 @@ def check(config):
 
 def train(config, resume=False):
     """Pretrain and fine-tune as the settings say. Returns the run's folder."""
-    return fine_tune(prepare(config, resume))
+    return fit(prepare(config, resume))
 
 
 def prepare(config, resume):
     return open_run(check(config), resume)
 
 
-def fine_tune(run):
+def fit(run):
     config, folder = run.config, run.folder
     envs = make_envs(config)
     shape = (envs.single_action_space.shape[0], 1, config.chunk)
     features = envs.single_observation_space.shape[0]
     (timesteps, table), diffusion = policy_table(config), config.policy == "diffusion"
-    trained = range(len(table))[-config.train_last :] if diffusion else range(1)
+    trained = range(len(table))[-config.train_last :]  # of a Gaussian the one there is
     clip_range = clip_range_for(config.clip_range, shape)
     torch.manual_seed(config.seed)
     policy = Denoiser(shape, features, width=128, depth=2)
@@ -161,13 +162,13 @@ def fine_tune(run):
         seen, chunks, to_go, returns = copy_controller(config, envs, load_controller(config))
         mean, std = seen.mean(0), seen.std(0) + 1e-6
         scale = 1 / (to_go.std().item() + 1e-6)  # of rewards: the critic's targets are of size 1
-        alphas_cumprod = noise_schedule().alphas_cumprod
+        scheduler = noise_schedule()
 
         def policy_loss(generator):
             batch = torch.randint(len(seen), (512,), generator=generator)
             inputs = chunks[batch], condition(seen[batch])
             if diffusion:
-                return denoising_loss(policy, *inputs, alphas_cumprod, generator)
+                return denoising_loss(policy, *inputs, scheduler, generator)
             mean_action = policy(0 * inputs[0], torch.zeros(len(batch)), inputs[1])
             return (mean_action - inputs[0]).square().flatten(1).mean(1)
 
@@ -175,8 +176,8 @@ def fine_tune(run):
             batch = torch.randint(len(seen), (512,), generator=generator)
             return (critic(condition(seen[batch])) - scale * to_go[batch]).square()
 
-        fit(policy, policy_loss, config.pretrain, seeded(config.seed, 0, 0))
-        fit(critic, critic_loss, config.pretrain // 3, seeded(config.seed, 0, 1))
+        pretrain(policy, policy_loss, config.pretrain, seeded(config.seed, 0, 0))
+        pretrain(critic, critic_loss, config.pretrain // 3, seeded(config.seed, 0, 1))
         row, frames = evaluate()
         shown = {0: frames}
         save({"epoch": 0, "env_steps": 0, "controller_return": returns.mean().item()} | row)
@@ -203,7 +204,7 @@ def fine_tune(run):
 
         # 4. update: row by row as it was played, so that the ratio starts at exactly 1
         totals, ratio_error, grad_norms = torch.zeros(3), 0.0, []
-        for update_pass in range(config.passes):
+        for _ in range(config.passes):
             for batch in torch.randperm(len(seen), generator=generator).split(config.decisions):
                 optimizer.zero_grad()
                 weights = alive / alive[batch].sum() / len(trained)
@@ -284,7 +285,7 @@ def parse_config(arguments):
 
 def main(arguments=None):
     command_line(arguments, parse_config, prepare,
-                 lambda run: print(fine_tune(run)))
+                 lambda run: print(fit(run)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 The network and its pretraining, the denoising chain, and a run's folder and command line.
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -21,8 +20,8 @@ from tqdm import tqdm
 from processes import RunStopped
 from run_folder import (append, load_checkpoint, read_metrics, reserved, row_line, save_checkpoint,
                         write_whole)
-from sample import ddim_step
-from settings import add_flags, check_folder, refuse, resumed_config
+from sample import ddim_step, noised
+from settings import above_zero, at_least, check_folder, flags_given, refuse, resumed_config
 
 
 # The first number of an evaluation's keys, which no --seed is: to numpy (1, 0) and (1, 0, 0) are one key.
@@ -60,18 +59,16 @@ def noise_schedule():
                          set_alpha_to_one=False)
 
 
-def denoising_loss(model, clean, condition, alphas_cumprod, generator):
+def denoising_loss(model, clean, condition, scheduler, generator):
     """(B,) mean_D ‖v − v_θ(x_t, t, condition)‖², t uniform. clean: x_0, (B, C, H, W)."""
-    timesteps = torch.randint(len(alphas_cumprod), (len(clean),), generator=generator)
+    timesteps = torch.randint(len(scheduler), (len(clean),), generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
-    alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    output = model(signal * clean + sigma * noise, timesteps, condition)
-    return (output - (signal * noise - sigma * clean)).square().flatten(1).mean(1)
+    x, target, _ = noised(scheduler, clean, noise, timesteps)
+    return (model(x, timesteps, condition) - target).square().flatten(1).mean(1)
 
 
-def fit(model, loss_of, updates, generator, lr=2e-3):
-    """Pretrain: minimise loss_of(generator) -> (B,), with a warmup and a linear decay of lr."""
+def pretrain(model, loss_of, updates, generator, lr=2e-3):
+    """Minimise loss_of(generator) -> (B,), with a warmup and a linear decay of lr."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for update in tqdm(range(updates), desc="pretraining", leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = lr * min(1, (update + 1) / 100) * (1 - update / updates)
@@ -109,15 +106,13 @@ def apply_gradients(model, optimizer):
 
 def check_numbers(config, at_least_1, above_0):
     """What the settings of both loops have in common; all other numbers must not be negative."""
-    for name, value in asdict(config).items():
+    numbers = {name: value for name, value in asdict(config).items() if not isinstance(value, str)}
+    for name, value in numbers.items():
         if isinstance(value, float) and not math.isfinite(value):
             refuse(config, name, "must be a finite number")
-        if name in at_least_1 and value < 1:
-            refuse(config, name, "must be at least 1")
-        if name in above_0 and value <= 0:
-            refuse(config, name, "must be above 0")
-        if not isinstance(value, str) and value < 0:
-            refuse(config, name, "must not be negative")
+    at_least(config, 1, *at_least_1)
+    above_zero(config, *above_0)
+    at_least(config, 0, *numbers)
     if config.seed >= 2**63:
         refuse(config, "seed", "must be below 2**63")
     if config.steps > 500:
@@ -171,14 +166,7 @@ def epochs_of(run):
 
 def parse(arguments, config_class, doc):
     """(a config_class, resume) from the command line. Raises ValueError, one line."""
-    parser = argparse.ArgumentParser(description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only "
-                                                        "--epochs may be given beside it")
-    add_flags(parser, config_class)
-    parser.error = lambda message: parser.exit(2, f"{message}\n")  # one line, no page of usage
-    given = vars(parser.parse_args(arguments))
-    given = {name: value for name, value in given.items() if value is not None}
+    given = flags_given(arguments, config_class, doc, beside_resume="--epochs")
     if "resume" in given:
         return resumed_config(Path(given.pop("resume")).resolve(), given, config_class), True
     return config_class(**given), False

@@ -159,6 +159,7 @@ def fit(run):
         ratio_error = torch.zeros((), device=device)
         updating = progress_bar(run, "updating", updates * pairs // run.world)
         for update in range(updates):
+            scale = run.scaler.scale(torch.full((), 1 / pairs, device=device))  # mean over pairs
             for image, step in update_pairs(run, epoch, update, policy_steps, steps_per_picture):
                 x, x_next = (latents[image, step + i].to(device) for i in (0, 1))
                 *embeds, guidance_scale = training_inputs(run, [trajectories.prompts[i] for i in image])
@@ -166,7 +167,6 @@ def fit(run):
                 old, advantage = old_log_probs[image, step], advantages[image] * weights[step]
                 inputs = x, run.timesteps[step], *embeds
                 output = predict(network, *inputs, run.dtype)
-                scale = run.scaler.scale(torch.full((), 1 / pairs, device=device))  # mean over pairs
                 loss, losses, log_prob = policy_loss(output, x, x_next, table[step], old, advantage,
                                                      clip_range, guidance_scale, scale)
                 kl = torch.zeros((), device=device)
@@ -242,7 +242,7 @@ def update_pairs(run, epoch, update, policy_steps, steps_per_picture):
 def policy_loss(output, x, x_next, coefficients, old_log_prob, advantages, clip_range,
                 guidance_scale, scale):
     """(scale · Σ loss with its gradient, loss (B,), log_prob (B,)) of stored steps: one fused kernel
-    where Triton runs, the formulas above elsewhere. clip_range None: SF."""
+    where Triton runs, autograd of the formulas above elsewhere. clip_range None: SF."""
     if kernels.use_triton(x):
         return kernels.ppo_loss.policy_loss(output, x, x_next, coefficients, old_log_prob, advantages,
                                             clip_range, guidance_scale, scale)[:3]

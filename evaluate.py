@@ -175,10 +175,8 @@ def begin(run, description):
         print(description, flush=True)
     if run.epoch == 0:
         log(run, {"epoch": 0, "images": 0} | evaluate(run, 0))
-    run.bar = tqdm(
-        total=config.epochs, initial=run.epoch, desc=config.name, unit="epoch",
-        disable=run.rank > 0,
-    )  # fmt: skip
+    run.bar = tqdm(total=config.epochs, initial=run.epoch, desc=config.name, unit="epoch",
+                   disable=run.rank > 0)
     return run.epoch >= config.epochs or guard(run.rows, config)[1]
 
 

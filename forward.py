@@ -152,7 +152,9 @@ def fit(run):
         del trajectories  # how the pictures came about is of no use here
 
         # 3. advantages
-        advantages = mixed_advantages(run, prompts, scores, None) * (config.advantages != "zero")
+        advantages = torch.zeros(config.images)  # the control
+        if config.advantages == "group":
+            advantages = mixed_advantages(run, prompts, scores, None)
         largest = config.advantage_clip * sum(map(abs, run.components.values()))  # of a mixture
         r = optimality(advantages, largest)
 
@@ -165,7 +167,7 @@ def fit(run):
             order = torch.randperm(config.images, generator=seeded(config.seed, epoch, 3, inner))
             noise = torch.randn(pairs, *clean.shape[1:], generator=seeded(config.seed, epoch, 4, update))
             for mine in shard(run, pairs).split(config.train_batch):
-                index = order.split(pairs)[part][mine]  # which pictures
+                index = order[part * pairs + mine]  # which pictures
                 t = run.timesteps[steps[index, inner % config.steps].to(device)]  # of the sampler
                 x, target, slope = noised(pipeline.scheduler, clean[index], noise[mine].to(device), t)
                 *embeds, guidance_scale = training_inputs(run, [prompts[i] for i in index])

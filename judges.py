@@ -183,12 +183,8 @@ def load_network(auto_class, folder, device, dtype):
 
     transformers alone would fill gaps with random numbers, and take a BERT for a CLIP.
     """
-    import transformers
-
-    version = tuple(map(int, transformers.__version__.split(".")[:2]))
-    settings = {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
-    model, info = auto_class.from_pretrained(folder, output_loading_info=True,
-                                             trust_remote_code=False, **settings)
+    model, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
+                                             trust_remote_code=False)
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # not read here
     if missing:
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are not in it, "

@@ -98,10 +98,9 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
     if "max_sequence_length" in options and not isinstance(tokenizer, transformers.CLIPTokenizer):
         # what the pipeline hands to T5, whatever the tokenizer's own configuration says
         tokenizer.model_max_length = options["max_sequence_length"].default
-    network = denoiser(pipeline)
     if lora is not None:
         load_tuned(pipeline, Path(lora), lora_scale, dtype)
-        network = denoiser(pipeline)
+    network = denoiser(pipeline)
     set_resolution(pipeline, model, resolution)
     if isinstance(network, UNet2DConditionModel) and device.type == "cuda":
         network.to(memory_format=torch.channels_last)  # how tensor cores want a convolution's input

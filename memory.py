@@ -107,7 +107,6 @@ def activations(network, inputs, dtype, checkpointing):
 
     if checkpointing:
         network.enable_gradient_checkpointing(checkpointed)
-        network.train()
     with torch.autograd.graph.saved_tensors_hooks(functools.partial(keep, kept), lambda t: t):
         models.predict(network, *inputs, dtype)
     return sum(size for key, size in kept.items() if key not in weights) + largest

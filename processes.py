@@ -53,9 +53,8 @@ def reduce(tensor, operation=dist.ReduceOp.SUM):
     return tensor
 
 
-# Errors of this process that may only show in a collective, where a GPU is waited for. All are
-# RuntimeErrors; AcceleratorError is new in torch 2.8
-OURS = torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+# RuntimeErrors of this process that may only show in a collective, where a GPU is waited for
+OURS = torch.OutOfMemoryError, torch.AcceleratorError
 
 
 @contextlib.contextmanager

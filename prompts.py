@@ -22,7 +22,7 @@ PRODUCTS = {  # every first part with every second part
 COUNTING = {  # each number with every animal: two cats, three cats ...
     "counting": NUMBERS, "counting_to_six": NUMBERS[:5],
     "three_animals": NUMBERS[1:2], "four_animals": NUMBERS[2:3],
-}  # fmt: skip
+}
 SETS = sorted([file.stem for file in FOLDER.glob("*.txt")] + [*PRODUCTS, *COUNTING])
 
 

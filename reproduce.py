@@ -45,10 +45,9 @@ import experiments
 import reproduce_control
 import reproduce_figures
 from evaluate import guard
-from loading import SHIPPED
+from loading import SHIPPED, is_emoji
 from reproduce_figures import headline, settings_of
 from run_folder import read_config, read_metrics
-from sample import is_emoji
 
 HERE = Path(__file__).parent
 EXPERIMENTS = {  # name: (its commands, its table and figures)
@@ -122,7 +121,7 @@ def start_run(name, command, out, threads, quiet):
         [sys.executable, script, *flags], stdout=output, stderr=output,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         preexec_fn=end_with_parent if LIBC else None,
-    )  # fmt: skip
+    )
     return process, output
 
 

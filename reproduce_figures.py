@@ -19,11 +19,12 @@ from emoji import classifiers
 from emoji.classifiers import recognised
 from evaluate import evaluations, first_and_kept, fixed_prompts
 from experiments import ALGORITHMS, CHEAPER, HELD_OUT, JUDGED, PREVENTIONS, SAMPLERS, run_of
+from loading import is_emoji, load_pipeline
 from processes import seeded
 from prompts import load_prompts
 from rewards import clip_top1, get_reward
 from run_folder import picture_grid, read_metrics
-from sample import is_emoji, load_pipeline, sample_trajectories, step_etas
+from sample import sample_trajectories, step_etas
 
 # Student's t, two-sided 95 %, by number of seeds; 2.31 for 9
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
@@ -108,7 +109,7 @@ def sample_as(config, pipeline, prompts, generators, guidance_scale=None):
     return sample_trajectories(
         pipeline, prompts, config.steps, guidance_scale or config.guidance_scale, eta, generators,
         sampler=config.sampler,
-    ).images  # fmt: skip
+    ).images
 
 
 def pictures(config, models, prompts, path, columns=10):
@@ -310,7 +311,7 @@ def draw_algorithms(runs, results, out):
             after, half = interval(last["eval_reward"] for _, last in ends)
             measured = {
                 "before": before, "after": after, "half_width_95": half, "seeds": len(logs),
-            }  # fmt: skip
+            }
             recognised, several = "", len(logs) > 1  # one seed has no interval
             if "eval_clip_top1" in first:
                 top1, its_half = interval(last["eval_clip_top1"] for _, last in ends)
@@ -370,7 +371,7 @@ def draw_generalisation(runs, results, out):
             rows.append([reward, label, *values, f"{change:+.1%} ± {half:.1%}", f"{guided:.3f}"])
             numbers[f"{reward} {name}"] = {
                 "before": before, "after": after, "change": change, "half_width_95": half,
-            }  # fmt: skip
+            }
         labels = [name.replace("_", "\n") for name in sets]
         title = f"{reward}: change of the reward (%)"
         axis.set(title=title, xticks=range(len(sets)), xticklabels=labels)
@@ -506,11 +507,11 @@ def draw_fewer_steps(runs, results, out):
         rows.append([
             variant, f"{change:+.1f}% ± {half:.1f}", f"{cosine:+.3f} ± {cosine_half:.3f}",
             f"{share:.2f}", f"{equal_time:+.1f}% ± {its_half:.1f}",
-        ])  # fmt: skip
+        ])
         numbers[variant] = {
             "change_percent": change, "half_width_95": half, "relative_seconds": share,
             "change_percent_at_equal_time": equal_time, "seeds": len(curves),
-        }  # fmt: skip
+        }
     epochs = max((log[-1]["epoch"] for logs in logs_of.values() for log in logs), default=0)
     curve_axis.set(title=f"{epochs} epochs of each, mean of the seeds",
                    xlabel="time (epochs of 10 steps)", ylabel="change of the JPEG size (%)")
@@ -558,13 +559,13 @@ def draw_samplers(runs, results, out):
         rows.append([
             sampler, trained, f"{before:.2f}", f"{top1_before:.2f}", f"{gain:+.1f}% ± {half:.1f}",
             f"{top1:.2f} ± {top1_half:.2f}", f"{seconds:.1f}", f"{rate:+.1f}% ± {rate_half:.1f}",
-        ])  # fmt: skip
+        ])
         numbers[variant] = {
             "kB_before": before, "top1_before": top1_before, "gain_percent": gain,
             "gain_half_width_95": half, "top1_after": top1, "top1_half_width_95": top1_half,
             "seconds_of_an_epoch": seconds, "gain_percent_a_minute": rate,
             "gain_a_minute_half_width_95": rate_half, "seeds": len(logs),
-        }  # fmt: skip
+        }
     for title, axis in zip(panels, axes):
         axis.set(title=title, xlabel="minutes of training", ylabel="gain of the reward (%)")
         axis.legend(fontsize=7)
@@ -622,7 +623,7 @@ def draw_typographic(runs, results, out):
                 "judge": interval(row["eval_reward"] for row in ends), "earned_in_corner": earned,
                 "honest_count": interval(row[honest] for row in ends),
                 "digits": interval(value["digits"] for value in seen),
-            }  # fmt: skip
+            }
             cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in columns.values()]
             rows.append([label, {"guard": "the guard's epoch"}.get(when, when), *cells])
             means = {key: mean for key, (mean, _) in columns.items()}
@@ -655,6 +656,6 @@ def draw_counted_pictures(results, out):
         ("four", {"before": {}, "judge A": row("A"), "judge B": row("B"),
                   "judge A, guarded": dict(lora=folders["A"])}),
         ("three", {"before": {}, "judge A": row("A-three")}),
-    ):  # fmt: skip
+    ):
         config = settings_of(folders["A" if name == "four" else "A-three"])
         pictures(config, models, load_prompts(config.prompts), results / f"typographic_{name}.png")

@@ -229,7 +229,8 @@ def signal_and_noise(scheduler, timesteps):
     if is_flow(scheduler):
         sigma = timesteps.view(-1, 1, 1, 1) / scheduler.config.num_train_timesteps  # shifted as in sampling
         return 1 - sigma, sigma
-    alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(timesteps.device)  # stays there
+    alpha_bar = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 

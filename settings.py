@@ -337,17 +337,25 @@ def add_flags(parser, config_class):
                                help=comment.replace("%", "%%") + shown, **kind)
 
 
+def flags_given(arguments, config_class, doc, beside_resume=""):
+    """{setting: value} of the flags on a command line. doc: the text above them in --help.
+
+    beside_resume: the flags that go with --resume; without it there is none."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if beside_resume:
+        parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only "
+                            f"{beside_resume} may be given beside it")
+    add_flags(parser, config_class)
+    parser.error = lambda message: parser.exit(2, f"{message}\n")  # one line, without a page of usage
+    return {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+
+
 def parse_config(arguments, config_class, presets, doc):
     """(a config_class, resume) from the command line: the preset's values, then the flags that were given.
 
     doc: the loop's docstring, shown above the flags. Raises ValueError, one line.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only --epochs, "
-                        "--patience and --device may be given beside it")
-    add_flags(parser, config_class)
-    parser.error = lambda message: parser.exit(2, f"{message}\n")  # one line, without a page of usage
-    given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    given = flags_given(arguments, config_class, doc, "--epochs, --patience and --device")
     if "resume" in given:
         return resumed_config(Path(given.pop("resume")).resolve(), given, config_class), True
     preset = given.get("preset", "emoji" if is_emoji(given.get("model", config_class.model)) else "sd15")

@@ -53,7 +53,7 @@ class Run:
     config: object
     folder: Path
     device: torch.device
-    dtype: torch.dtype  # of the UNet's arithmetic
+    dtype: torch.dtype  # of the network's arithmetic
     rank: int  # of this process, of `world`
     world: int
     prompts: list  # to train on
@@ -65,7 +65,7 @@ class Run:
     parameters: list
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    reference: object = None  # a frozen copy of the UNet, where a whole one is compared with it
+    reference: object = None  # a frozen copy of the network, where a whole one is compared with it
     ema: list | None = None  # averaged parameters
     saved: dict | None = None  # the state that a loop gave to `save`, when the run is resumed
     epoch: int = 0  # done
@@ -165,6 +165,8 @@ def set_up(config, folder, resume, reference):
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), cache=cache)
     if reference and not config.lora_rank:
         run.reference = copy.deepcopy(network).requires_grad_(False)
+        if config.compile:  # which copies do not inherit
+            compile_blocks(run.reference)
     if config.ema:
         run.ema = [p.detach().clone() for p in parameters]
     if resume:
@@ -444,7 +446,7 @@ def using(parameters, values):
 
 
 def averaged(run):
-    """Inside, the UNet has its averaged weights (--ema), which are evaluated and saved."""
+    """Inside, the network has its averaged weights (--ema), which are evaluated and saved."""
     return using(run.parameters if run.ema else [], run.ema or [])
 
 

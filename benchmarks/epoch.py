@@ -64,7 +64,7 @@ EQUAL = dict(  # epochs and nothing else, until told to end
     reward="compress", watch="", prompts="animals", advantages="batch", updates=1,
     train_first=1.0, timestep_fraction=1.0, tracker="none",
     epochs=NEVER, eval_every=NEVER, checkpoint_every=NEVER,
-)  # fmt: skip
+)
 
 
 def count_rows(unet):
@@ -132,7 +132,7 @@ def launch(settings, python=sys.executable, script=__file__):
     process = subprocess.Popen(
         [python, script, "--worker", json.dumps(settings)], cwd=ROOT,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-    )  # fmt: skip
+    )
     process.errors = errors
     return process
 

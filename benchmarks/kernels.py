@@ -236,7 +236,7 @@ def eager_traffic(dtype):
             rows.append(dict(
                 function=function, way=way, dtype=dtype, operations=traffic.operations,
                 bytes_per_element=round(traffic.bytes / (batch * math.prod(latent))),
-            ))  # fmt: skip
+            ))
     return rows
 
 
@@ -316,7 +316,7 @@ def one_program_or_many():
                     rows.append(dict(
                         function=function, latent=size(latent), batch=batch, split=split,
                         us=us, graph_us=graph_us, launches=launches,
-                    ))  # fmt: skip
+                    ))
     ddim_step.SPLIT = None
     return rows
 
@@ -357,7 +357,7 @@ def run(batches, dtypes):
                     function=function, dtype=dtype, batch=batch, way=way,
                     us=us, graph_us=graph_us, launches=launches,
                     gb_s=gb_s, of_copy=gb_s / copy_gb_s,
-                ))  # fmt: skip
+                ))
     record["division"] = one_program_or_many()
     return record
 
@@ -384,7 +384,7 @@ def print_tables(record):
     print_table(
         record["errors"], dtype="dtype", next_latents="next latents", log_prob="log-prob",
         grad="gradient, relative", same_bits="log-prob: same bits everywhere",
-    )  # fmt: skip
+    )
     if record["graph"]:
         found = ", ".join(f"{key} {shown(value)}" for key, value in record["graph"].items())
         print("\nReplayed from a graph: " + found)
@@ -394,11 +394,11 @@ def print_tables(record):
     print_table(
         record["rows"], function="", dtype="dtype", batch="B", way="way",
         **timed, gb_s="GB/s", of_copy="of copy",
-    )  # fmt: skip
+    )
     print_table(
         record["division"], function="", latent="latent", batch="B", split="a program a block",
         **timed,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ from benchmarks.epoch import __file__ as OUR_WORKER
 EMOJI = dict(
     model="models/emoji", images=64, sample_batch=32, train_batch=16, updates=4, steps=10,
     guidance_scale=4.0,
-)  # fmt: skip
+)
 SD15 = dict(images=16, sample_batch=8, train_batch=4, updates=2, steps=10, guidance_scale=5.0)
 EQUAL = dict(lora_rank=4, lr=3e-4, seed=0)
 

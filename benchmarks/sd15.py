@@ -16,21 +16,21 @@ ROOT = Path(__file__).resolve().parents[1]
 UNET = dict(
     sample_size=64, cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
     block_out_channels=(320, 640, 1280, 1280),
-)  # fmt: skip
+)
 VAE = dict(
     sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
     latent_channels=4, scaling_factor=0.18215,
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-)  # fmt: skip
+)
 TEXT = dict(
     vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
     num_attention_heads=12, projection_dim=768, max_position_embeddings=77, hidden_act="quick_gelu",
     bos_token_id=2016, eos_token_id=2017, pad_token_id=2017,
-)  # fmt: skip
+)
 SCHEDULER = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
     set_alpha_to_one=False, clip_sample=False,
-)  # fmt: skip
+)
 
 
 def build(folder, unet=UNET, vae=VAE, text=TEXT):
@@ -61,7 +61,7 @@ def build(folder, unet=UNET, vae=VAE, text=TEXT):
         scheduler=DDIMScheduler(**SCHEDULER),
         tokenizer=CLIPTokenizer.from_pretrained(scratch / "words"),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    )
     pipeline.save_pretrained(scratch)
     del networks, pipeline
     torch.cuda.empty_cache()  # whoever called this will measure others' memory

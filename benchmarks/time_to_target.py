@@ -85,18 +85,18 @@ FINALISTS = 2  # of a search, which are measured on the other seeds
 FIXED = dict(
     model=MODEL, prompts=PROMPTS, reward="compress", watch="", tracker="none", eval_images=1,
     epochs=NEVER, eval_every=NEVER, checkpoint_every=NEVER,
-)  # fmt: skip
+)
 SEARCHED = (  # they start at their defaults, those of the first command
     "lr", "lora_rank", "warmup", "clip_range", "train_first", "window", "images", "updates",
     "sample_batch", "train_batch", "advantages", "group_size", "train_guidance", "kl", "steps",
     "guidance_scale", "dtype", "cuda_graph",
-)  # fmt: skip
+)
 # TRL's: settings of peer_trl.make_trainer
 TRL_START = dict(
     lr=1e-4, lora_rank=0, clip_range=1.6e-3, timestep_fraction=1.0, images=96, updates=4,
     inner_epochs=1, sample_batch=48, train_batch=24, group_size=1, train_guidance=True, steps=10,
     guidance_scale=4.0, dtype="fp32",
-)  # fmt: skip
+)
 
 
 def lower_rate(settings):
@@ -160,7 +160,7 @@ AXES = {
         "inner epochs": [dict(inner_epochs=2)],
         "batches": [half_train_batch],
     },
-}  # fmt: skip
+}
 GPU_AXES = {"ours": {"CUDA graph": [dict(cuda_graph=True)]}, "TRL": {}}
 
 
@@ -483,7 +483,7 @@ class Bench:
         tried = search(
             start, axes, limit_s, search_s,
             lambda *trial: self.trial(side, trial[0], SEARCH_SEED, trial[1]),
-        )  # fmt: skip
+        )
         finalists = sorted((trial for _, trial in tried), key=rank)[:FINALISTS]
         measured = [
             [self.trial(side, finalist["settings"], seed, limit_s) for seed in seeds]

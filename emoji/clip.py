@@ -48,7 +48,7 @@ def build_tokenizer(config):
         # Last letters get their numbers first. Else ties would be broken by the order in which
         # words are met, which differs from process to process.
         special_tokens=[AddedToken(letter + "</w>", special=True) for letter in alphabet],
-    )  # fmt: skip
+    )
     bpe.train_from_iterator(lines, trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
@@ -88,19 +88,19 @@ def build_clip(tokenizer):
         **width, num_hidden_layers=3, vocab_size=len(tokenizer),
         max_position_embeddings=TEXT_LENGTH, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     vision = dict(**width, num_hidden_layers=6, image_size=scenes.SIZE, patch_size=8)
     return CLIPModel(CLIPConfig(
         text_config=text, vision_config=vision, projection_dim=128,
         # the bf16 backward of scaled_dot_product_attention is slow on a CPU
         attn_implementation="eager",
-    ))  # fmt: skip
+    ))
 
 
 def fake(pixels):
     """Pictures of the same colours that show nothing: smears, shuffled tiles, soft blobs in colours
     of the picture, a third of each. What a judge of shapes must not accept."""
-    batch, _, height, width = pixels.shape
+    height, width = pixels.shape[-2:]
     fakes = []
     for kind, part in enumerate(pixels.tensor_split(3)):
         if kind == 0:

@@ -54,7 +54,7 @@ def build_vae():
     return AutoencoderTiny(
         encoder_block_out_channels=(48, 48, 48), decoder_block_out_channels=(48, 48, 48),
         num_encoder_blocks=(1, 2, 2), num_decoder_blocks=(2, 2, 1), latent_channels=8,
-    )  # fmt: skip
+    )
 
 
 def gradients(pixels):
@@ -115,7 +115,7 @@ def build_unet():
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
-    )  # fmt: skip
+    )
     if device().type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # plain matrix products; see build_clip
     return unet
@@ -126,7 +126,7 @@ def build_scheduler():
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading",
-    )  # fmt: skip
+    )
 
 
 def build_pipeline(tokenizer, clip, vae, unet):
@@ -140,7 +140,7 @@ def build_pipeline(tokenizer, clip, vae, unet):
         vae=vae, text_encoder=text_encoder.to(device()).eval(), tokenizer=tokenizer, unet=unet,
         scheduler=build_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -213,7 +213,7 @@ def train_unet(config, tokenizer, clip, vae):
             images = pipeline(
                 samples, num_inference_steps=10, guidance_scale=4.0, eta=1.0, output_type="pt",
                 generator=generator,
-            ).images  # fmt: skip
+            ).images
         save_sheet(images * 2 - 1, Path(config.work) / "unet.png")
         images = (images[:len(nouns)].float() * 255).round().byte()
         right = recognised(images, nouns)
@@ -240,7 +240,7 @@ def export(config, tokenizer, clip, vae, unet):
         size={"shortest_edge": scenes.SIZE},
         crop_size={"height": scenes.SIZE, "width": scenes.SIZE},
         image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5],
-    )  # fmt: skip
+    )
     processor.save_pretrained(Path(config.out) / "clip")
     for folder in ("tokenizer", "clip"):  # every release of transformers reads these three files
         for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):

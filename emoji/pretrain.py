@@ -24,7 +24,6 @@ not trained again. Sheets of pictures there show the progress:
             core, exported to runs/pretrain/emoji-cards
 """
 
-import argparse
 import json
 import math
 import sys
@@ -42,11 +41,11 @@ from emoji import scenes
 from emoji.classifiers import recognised
 from emoji.clip import build_tokenizer, fake, train_clip
 from emoji.diffusion import build_scheduler, export, train_unet, train_vae
-from emoji.trainer import draw, of_animals, rounded_mean, to_pixels
+from emoji.trainer import draw, of_animals, rounded_mean, to_bytes, to_pixels
 from emoji.variants import export_variant, flow_scheduler, report_flow, train_cards, train_flow
 from rewards import clip_top1, jpeg_kilobytes
 from run_folder import picture_grid
-from settings import add_flags
+from settings import flags_given, refuse
 
 
 @dataclass
@@ -103,34 +102,30 @@ class Config:
 
 def check(config):
     """Raises ValueError, one line, for what cannot work, before anything is drawn or trained."""
-    def refuse(setting, advice):
-        value = getattr(config, setting)
-        raise ValueError(f"--{setting.replace('_', '-')} {value}: {advice}")
-
     for field in fields(config):
         value = getattr(config, field.name)
         if field.type is int and field.name != "seed" and not 1 <= value < 2**31:
-            refuse(field.name, "must be at least 1 and below 2**31")
+            refuse(config, field.name, "must be at least 1 and below 2**31")
         if field.name.endswith("_lr") and not 0 < value < 1:
-            refuse(field.name, "must be above 0 and below 1")
+            refuse(config, field.name, "must be above 0 and below 1")
     for setting in ("out", "work", "flow_out", "cards_out"):
         path = Path(getattr(config, setting))
         if path == Path() or any(map(Path.is_file, (path, *path.parents))):
-            refuse(setting, "must be a folder, and neither a file nor in one")
+            refuse(config, setting, "must be a folder, and neither a file nor in one")
     if not 0 <= config.seed < 2**32:
-        refuse("seed", "must be at least 0 and below 2**32")
+        refuse(config, "seed", "must be at least 0 and below 2**32")
     if not 0 <= config.caption_dropout <= 1:
-        refuse("caption_dropout", "must be 0 to 1")
+        refuse(config, "caption_dropout", "must be 0 to 1")
     for setting in ("ema", "flow_ema", "cards_ema"):
         if not 0 <= getattr(config, setting) < 1:
-            refuse(setting, "must be at least 0 and below 1")
+            refuse(config, setting, "must be at least 0 and below 1")
     if config.only not in ("", "flow", "cards"):
-        refuse("only", "only the stages flow and cards can run alone")
+        refuse(config, "only", "only the stages flow and cards can run alone")
     if config.start and not (Path(config.start) / "model_index.json").exists():
-        refuse("start", "has no model (model_index.json)")
+        refuse(config, "start", "has no model (model_index.json)")
     folders = Path(config.out), ROOT / config.out
     if config.only and not any((folder / "model_index.json").exists() for folder in folders):
-        refuse("out", f"has no model for the stage {config.only}; leave out --only, which makes it")
+        refuse(config, "out", f"has no model for the stage {config.only}; leave out --only, which makes it")
     return config
 
 
@@ -154,9 +149,6 @@ def report(folder, images_per_noun=16, scene_count=1000):
     ])
     error = (decoded.float().clamp(-1, 1) - pixels).square().mean()
 
-    def to_bytes(pixels):
-        return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-
     nouns = [scenes.with_article(noun) for noun in scenes.nouns()]
     clip = str(Path(folder) / "clip")
     grey = images.float().mean(1, keepdim=True).round().byte().expand(-1, 3, -1, -1)
@@ -164,9 +156,9 @@ def report(folder, images_per_noun=16, scene_count=1000):
         "vae_psnr": round(-10 * math.log10(error / 4), 2),
         "clip_fresh_scenes": rounded_mean(clip_top1(images, captions, nouns, model=clip)),
         "clip_grey_scenes": rounded_mean(clip_top1(grey, captions, nouns, model=clip)),
-        "clip_fakes": rounded_mean(clip_top1(to_bytes(fake(pixels)), captions, nouns, model=clip)),
+        "clip_fakes": rounded_mean(clip_top1(to_bytes(fake(pixels)).cpu(), captions, nouns, model=clip)),
         "classifier_fresh_scenes": rounded_mean(recognised(images, captions)),
-        "classifier_scenes_through_the_vae": rounded_mean(recognised(to_bytes(decoded), captions)),
+        "classifier_scenes_through_the_vae": rounded_mean(recognised(to_bytes(decoded).cpu(), captions)),
     }
     prompts = nouns * images_per_noun
     for guidance_scale in (3.0, 4.0, 5.0):
@@ -194,16 +186,12 @@ def report(folder, images_per_noun=16, scene_count=1000):
 
 def parse_config(arguments=None):
     """The Config of a command line. Ends in one line for a setting that cannot work."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(parser, Config)
-    parser.error = lambda message: parser.exit(2, f"{message}\n")  # without a page of usage
-    given = vars(parser.parse_args(arguments))
+    given = flags_given(arguments, Config, __doc__)
     try:
-        return check(Config(**{key: value for key, value in given.items() if value is not None}))
+        return check(Config(**given))
     except ValueError as error:
-        parser.error(error)
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ COLOURS = {
     "red": (214, 60, 60), "orange": (244, 148, 60), "yellow": (248, 216, 88),
     "green": (86, 172, 96), "teal": (64, 172, 172), "blue": (70, 120, 220),
     "purple": (142, 92, 196), "pink": (244, 160, 190), "brown": (140, 98, 68),
-}  # fmt: skip
+}
 PATTERNS = {  # name: the word for it in a caption
     "plain": "",
     "gradient": "",
@@ -39,7 +39,7 @@ NUMBERS = "one two three four five six".split()
 PLURALS = {
     "mouse": "mice", "goose": "geese", "wolf": "wolves",
     **{noun: noun for noun in ("sheep", "deer", "fish")},
-}  # fmt: skip
+}
 GRID_Y, GRID_X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 
@@ -137,7 +137,7 @@ def draw_glyph(rng, picture, glyph, centre, colour=None):
     ImageDraw.Draw(canvas).text(
         (centre[0] * SIZE, centre[1] * SIZE), glyph, fill, ImageFont.load_default(19),
         anchor="mm", stroke_width=1, stroke_fill=rim,
-    )  # fmt: skip
+    )
     picture[:] = np.asarray(canvas)
 
 

@@ -35,10 +35,14 @@ def to_pixels(pictures):
     return pictures.float() / 127.5 - 1
 
 
+def to_bytes(pixels):
+    """The way back: float (B, 3, H, W) in [-1, 1] -> uint8."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def save_sheet(pixels, path, columns=12):
     """Float (B, 3, H, W) in [-1, 1] -> a grid on disk."""
-    pictures = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
+    pictures = to_bytes(pixels).permute(0, 2, 3, 1).cpu().numpy()
     starts = range(0, len(pictures), columns)
     rows = [np.concatenate(list(pictures[i:i + columns]), axis=1) for i in starts]
     Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape])).save(path)

@@ -112,7 +112,7 @@ if triton:
     def step_mean(
         noise_pred, latents, c_x, c_o, guidance_scale, at, mask,
         N: tl.constexpr, GUIDED: tl.constexpr,
-    ):  # fmt: skip
+    ):
         """μ at the elements `at`. Both kernels call this one function, so that they round alike."""
         output = tl.load(noise_pred + at, mask, 0.0).to(tl.float32)
         if GUIDED:
@@ -146,7 +146,7 @@ if triton:
         N: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
         BLOCKS_HERE: tl.constexpr, ROW: tl.constexpr,
         GUIDED: tl.constexpr, SCORE: tl.constexpr, SEED_ON_DEVICE: tl.constexpr,
-    ):  # fmt: skip
+    ):
         sample = tl.program_id(0)
         c_x = tl.load(coefficients + sample * ROW).to(tl.float32)
         c_o = tl.load(coefficients + sample * ROW + 1).to(tl.float32)
@@ -181,7 +181,7 @@ if triton:
     def _finish_kernel(
         block_sums, coefficients, log_prob,
         N: tl.constexpr, BLOCKS: tl.constexpr, ROW: tl.constexpr,
-    ):  # fmt: skip
+    ):
         sample = tl.program_id(0)
         squares = 0.0
         for i in range(BLOCKS):
@@ -294,7 +294,7 @@ def fused_ddim_step(
             float(guidance_scale or 0),
             BLOCK=block, BLOCKS_HERE=1 if split else blocks, GUIDED=guidance_scale is not None,
             SCORE=score, SEED_ON_DEVICE=seed_on_device, **sizes, **launch_options(block),
-        )  # fmt: skip
+        )
         if split:
             options = launch_options(256)
             _finish_kernel[(batch,)](block_sums, coefficients, log_prob, **sizes, **options)

@@ -56,31 +56,25 @@ from kernels.ddim_step import BLOCKS_PER_PROGRAM, columns, division, guided, lau
 from kernels.ddim_step import check, check_step
 
 
-def weighted(log_prob, old_log_prob, advantages, clip_range):
-    """(loss, ratio, clipped), each (B,), in plain torch. Differentiable in log_prob."""
-    ratio = torch.exp(log_prob - old_log_prob)
-    if clip_range is None:
-        return -advantages * log_prob, ratio, torch.zeros_like(ratio, dtype=torch.bool)
-    low, high = 1 - clip_range, 1 + clip_range
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
-    return loss, ratio, (ratio < low) | (ratio > high)
-
-
 @torch.no_grad()
 def reference(
     noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, clip_range,
     guidance_scale=None, scale=1.0,
-):  # fmt: skip
+):
     """fused_ppo_loss in plain torch, on any device, its gradient written out as above."""
     _, log_prob = ddim_step.reference(
         noise_pred, latents, coefficients, guidance_scale, next_latents=next_latents
     )
-    loss, ratio, clipped = weighted(log_prob, old_log_prob, advantages, clip_range)
+    ratio = torch.exp(log_prob - old_log_prob)
     if clip_range is None:
-        slope = -advantages
+        loss, slope = -advantages * log_prob, -advantages
+        clipped = torch.zeros_like(ratio, dtype=torch.bool)
     else:
+        low, high = 1 - clip_range, 1 + clip_range
         unclipped = -advantages * ratio
+        loss = torch.maximum(unclipped, -advantages * ratio.clamp(low, high))
         slope = torch.where(loss > unclipped, 0, unclipped)  # in this order a NaN is kept
+        clipped = (ratio < low) | (ratio > high)
 
     c_x, c_o, sigma, _ = columns(coefficients, latents)
     mean = c_x * latents + c_o * guided(noise_pred, guidance_scale)
@@ -104,7 +98,7 @@ if triton:
         N: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
         BLOCKS_HERE: tl.constexpr, ROW: tl.constexpr,
         GUIDED: tl.constexpr, CLIP: tl.constexpr, SCALE_ON_DEVICE: tl.constexpr,
-    ):  # fmt: skip
+    ):
         sample = tl.program_id(0)
         c_x = tl.load(coefficients + sample * ROW).to(tl.float32)
         c_o = tl.load(coefficients + sample * ROW + 1).to(tl.float32)
@@ -161,23 +155,10 @@ if triton:
             tl.store(grad + at, g.to(grad.dtype.element_ty), element < N)
 
 
-def check_policy(
-    noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, clip_range,
-    guidance_scale=None, scale=1.0,
-):  # fmt: skip
-    """What fused_ppo_loss and policy_loss demand alike."""
-    check_step(noise_pred, latents, coefficients, guidance_scale, next_latents)
-    numbers = torch.float32, torch.float64
-    check("old_log_prob", old_log_prob, latents.shape[:1], latents.device, numbers)
-    check("advantages", advantages, latents.shape[:1], latents.device, numbers)
-    if isinstance(scale, torch.Tensor):
-        check("scale", scale.flatten(), (1,), latents.device)
-
-
 def fused_ppo_loss(
     noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, clip_range,
     guidance_scale=None, scale=1.0,
-):  # fmt: skip
+):
     """(loss (B,), log_prob (B,), ratio (B,), clipped (B,) bool, grad), float32 but for grad.
 
     grad: that of scale·loss.sum() with respect to noise_pred, like noise_pred, for
@@ -191,12 +172,17 @@ def fused_ppo_loss(
 
     Raises ValueError if shapes, dtypes or devices do not fit, or a tensor is not contiguous.
     """
-    policy = next_latents, coefficients, old_log_prob, advantages, clip_range, guidance_scale, scale
-    check_policy(noise_pred, latents, *policy)
-    if not use_triton(latents):
-        return reference(noise_pred, latents, *policy)
-
     batch, device = len(latents), latents.device
+    check_step(noise_pred, latents, coefficients, guidance_scale, next_latents)
+    for name, numbers in (("old_log_prob", old_log_prob), ("advantages", advantages)):
+        check(name, numbers, (batch,), device, (torch.float32, torch.float64))
+    scale_on_device = isinstance(scale, torch.Tensor)
+    if scale_on_device:
+        check("scale", scale.flatten(), (1,), device)
+    if not use_triton(latents):
+        return reference(noise_pred, latents, next_latents, coefficients, old_log_prob, advantages,
+                         clip_range, guidance_scale, scale)
+
     elements, block, blocks, split = division(latents)
     split = split or blocks > BLOCKS_PER_PROGRAM
     # three, not rows of one: Triton compiles again for an address that is not a multiple of 16
@@ -209,24 +195,23 @@ def fused_ppo_loss(
 
     guidance = float(guidance_scale or 0)
     low, high = 1.0 - (clip_range or 0), 1.0 + (clip_range or 0)
-    scale_on_device = isinstance(scale, torch.Tensor)
     constants = dict(
         N=elements, BLOCK=block, BLOCKS=blocks, BLOCKS_HERE=1 if split else blocks,
         ROW=0 if coefficients.dim() == 1 else 4, GUIDED=guidance_scale is not None,
         **launch_options(block),
-    )  # fmt: skip
+    )
     with torch.cuda.device_of(latents):
         if split:
             _forward_kernel[(batch, blocks)](
                 noise_pred, latents, coefficients, None, None, next_latents, None, block_sums,
                 guidance, SCORE=True, SEED_ON_DEVICE=False, **constants,
-            )  # fmt: skip
+            )
         _loss_kernel[(batch, blocks if split else 1)](
             noise_pred, latents, next_latents, coefficients, old_log_prob, advantages, block_sums,
             loss, log_prob, ratio, clipped, grad,
             guidance, low, high, scale if scale_on_device else float(scale),
             CLIP=clip_range is not None, SCALE_ON_DEVICE=scale_on_device, **constants,
-        )  # fmt: skip
+        )
     return loss, log_prob, ratio, clipped, grad
 
 
@@ -252,24 +237,12 @@ class _StoredGradient(torch.autograd.Function):
 def policy_loss(
     output, latents, next_latents, coefficients, old_log_prob, advantages, clip_range,
     guidance_scale=None, scale=1.0,
-):  # fmt: skip
+):
     """(objective (), loss (B,), log_prob (B,), ratio (B,), clipped (B,) bool), for autograd.
 
     objective is scale·loss.sum(), differentiable in output alone, once. The other four are
     detached. Arguments and errors: as in fused_ppo_loss, with output for noise_pred. In float16
     pass the loss scale as `scale`: what multiplies the objective later meets a rounded gradient.
-
-    Where the kernel does not run, torch differentiates the formulas. The written-out gradient
-    would differ from that in the last bits, and recorded CPU runs would not repeat.
     """
-    policy = next_latents, coefficients, old_log_prob, advantages, clip_range, guidance_scale, scale
-    if use_triton(latents):
-        return _StoredGradient.apply(output, latents, *policy)
-
-    check_policy(output, latents, *policy)
-    _, log_prob = ddim_step.reference(
-        output, latents, coefficients, guidance_scale, next_latents=next_latents
-    )
-    loss, ratio, clipped = weighted(log_prob, old_log_prob, advantages, clip_range)
-    objective = scale * loss.sum()
-    return objective, loss.detach(), log_prob.detach(), ratio.detach(), clipped
+    return _StoredGradient.apply(output, latents, next_latents, coefficients, old_log_prob,
+                                 advantages, clip_range, guidance_scale, scale)

@@ -204,7 +204,7 @@ def test_the_target_is_met_by_small_pictures_that_are_still_recognised():
     assert target == {"size": pytest.approx(1.92), "recognition": pytest.approx(0.855)}
     for size, recognition, met in (
         (1.92, 0.86, True), (1.93, 0.86, False), (1.92, 0.85, False), (1.0, 0.0, False)
-    ):  # fmt: skip
+    ):
         assert time_to_target.meets({"size": size, "recognition": recognition}, target) == met
     assert not time_to_target.meets({}, target)  # too few pictures so far
 

@@ -18,7 +18,7 @@ import control
 import control_loop
 from control import reward_of
 from control_loop import gae, policy_table
-from control_policy import EVALUATION, Denoiser, denoising_loss, fit, noise_schedule, sample_chain
+from control_policy import EVALUATION, Denoiser, denoising_loss, noise_schedule, pretrain, sample_chain
 from control_worlds import (RADIUS, SCALE, SHAPE, clearance, copy_controller, demonstrate,
                             draw_scenes, judge, make_envs, pendulum_controller, play, reset)
 from ddpo import clip_range_for, is_loss
@@ -151,14 +151,14 @@ def test_pretraining_learns_what_it_is_shown_and_the_chain_draws_it():
     """Two places to go, told apart by the condition alone."""
     torch.manual_seed(0)
     model = Denoiser((1, 1, 2), condition=1, width=64)
-    alphas_cumprod = noise_schedule().alphas_cumprod
+    scheduler = noise_schedule()
 
     def loss_of(generator):
         condition = torch.randint(2, (256, 1), generator=generator) * 2.0 - 1
         clean = condition.view(-1, 1, 1, 1) * torch.tensor([1.0, -0.5])
-        return denoising_loss(model, clean, condition, alphas_cumprod, generator)
+        return denoising_loss(model, clean, condition, scheduler, generator)
 
-    fit(model, loss_of, 400, seeded(1))
+    pretrain(model, loss_of, 400, seeded(1))
     condition = torch.tensor([[1.0], [-1.0]]).repeat(50, 1)
     timesteps, table = ddim_table(noise_schedule(), 10)
     chain, log_probs = sample_chain(model, condition, (1, 1, 2), timesteps, table, seeded(2))
@@ -286,7 +286,7 @@ def test_a_critic_fitted_to_a_known_chain_knows_it():
     seen, _, to_go, _ = copy_controller(config, make_envs(config), countdown)
     torch.manual_seed(0)
     critic = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 1))
-    fit(critic, lambda _: (critic(seen)[:, 0] - to_go).square(), 3000, seeded(0), lr=1e-2)
+    pretrain(critic, lambda _: (critic(seen)[:, 0] - to_go).square(), 3000, seeded(0), lr=1e-2)
     endless = seen[:, 1] <= 5  # where the time limit does not cut the episode
     with torch.no_grad():
         error = (critic(seen)[:, 0] - value(seen)).abs()[endless]

@@ -18,7 +18,7 @@ from training import start
 SMALL = dict(
     images=4, sample_batch=4, train_batch=4, steps=3, epochs=4, eval_images=4, eval_every=1,
     group_size=2, updates=2, lora_rank=8, device="cpu",
-)  # fmt: skip
+)
 
 
 def rows(rewards, watch, std=0.1):

@@ -78,7 +78,7 @@ def problem(shape, prediction="epsilon", guidance_scale=5.0, dtypes=(F32, F32)):
     return SimpleNamespace(
         call=call, noise=draw(*shape), advantages=draw(shape[0]),
         mean=mean, sigma=sigma, log_prob=log_prob,
-    )  # fmt: skip
+    )
 
 
 def exact_loss(log_prob, old_log_prob, advantages, clip_range):
@@ -192,28 +192,6 @@ def test_policy_loss_adds_up_with_another_loss_of_the_same_output(backend):
     both = gradient(policy_loss(output, **call, **policy)[0] + output.square().mean())
     torch.testing.assert_close(both, alone + penalty)
     assert alone.abs().max() > 0 and penalty.abs().max() > 0
-
-
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)])
-def test_on_torch_policy_loss_has_the_bits_of_the_step_and_the_two_losses_of_ddpo(dtypes):
-    p = problem((6, 3, 5, 7), dtypes=dtypes)
-    stored, log_prob = fused_ddim_step(**p.call, noise=p.noise)
-    call = dict(p.call)
-    output = call.pop("noise_pred").requires_grad_()
-    guidance = dict(guidance_scale=call.pop("guidance_scale"))
-    old = log_prob - CLIP * torch.linspace(-2, 2, 6, device=DEVICE)
-    gradient = lambda loss: torch.autograd.grad(loss, output)[0]
-    kernels.BACKEND = "torch"
-    for clip_range in (CLIP, None):
-        objective, *_ = policy_loss(
-            output, **call, next_latents=stored, old_log_prob=old, advantages=p.advantages,
-            clip_range=clip_range, scale=1 / 96, **guidance,
-        )  # fmt: skip
-        _, again = sample.ddim_step(output, **call, next_latents=stored, **guidance)
-        loss = ddpo.sf_loss(again, p.advantages)
-        if clip_range is not None:
-            loss = ddpo.is_loss(again, old, p.advantages, clip_range)
-        assert torch.equal(gradient(objective), gradient(loss.sum() / 96))
 
 
 def test_in_float16_the_scale_inside_keeps_what_a_scale_outside_would_lose(backend):

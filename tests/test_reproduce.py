@@ -144,7 +144,7 @@ def test_the_headline_is_the_mean_of_the_seeds():
         f"compress-{seed}": {"first": {"eval_reward": -2.0}, "kept": {"eval_reward": -size},
                              "classifier": {"before": 1.0, "kept": 0.8}}
         for seed, size in enumerate((1.0, 2.0))
-    }  # fmt: skip
+    }
     *_, line = reproduce_figures.headline(numbers)
     half = 12.71 * math.sqrt(0.5) / math.sqrt(2)  # Student's t with one degree of freedom
     assert line == f"| `compress` (kB) | 2.00 | 1.50 ± {half:.2f} | -25% | 1.00 → 0.80 ± 0.00 |"
@@ -183,7 +183,7 @@ def test_samplers_are_compared_by_what_each_gains_on_its_own_pictures(repository
     def log(before, after, seconds):
         return [{"epoch": epoch, "eval_reward": -before + (before - after) * epoch / 6,
                  "eval_clip_top1": 0.9 - 0.01 * epoch} | ({"seconds": seconds} if epoch else {})
-                for epoch in (0, 3, 6)]  # fmt: skip
+                for epoch in (0, 3, 6)]
 
     runs = {}
     for seed, after in enumerate((1.8, 1.64)):

@@ -95,7 +95,7 @@ def denoising_is_a_policy(n):
         axis.annotate(
             text, place.tolist(), shift, textcoords="offset points", ha="center", zorder=5,
             fontsize=12, bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=1),
-        )  # fmt: skip
+        )
     plane(axis)
     (x, y), half = mean.tolist(), 0.85
     axis.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
@@ -281,7 +281,7 @@ def bring_your_own(n):
     config = n["ddpo"].Config(
         reward=f"{n['file']}:redness", name="figure", out=n["scratch"].name, device="cpu",
         images=32, train_first=1.0, epochs=8, lr=1.2e-4, warmup=0, ema=0.0, guard=0.0, eval_every=8,
-    )  # fmt: skip
+    )
     folder = n["ddpo"].train(config)
     animals = "cat", "fox", "frog", "whale", "butterfly", "turtle", "chicken", "zebra"
     prompts, rows = [f"a {animal}" for animal in animals], []

@@ -12,7 +12,6 @@ body.
 import io
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -144,4 +143,4 @@ def collect():
 
 
 if __name__ == "__main__":
-    sys.exit(collect())
+    collect()
