@@ -129,7 +129,12 @@ def open_run(config, resume):
             raise ValueError(f"{folder}: exists already; go on with --resume "
                              f"{shlex.quote(str(folder))}, or choose another --name")
         saved = load_checkpoint(folder / "checkpoint") if resume else None
-        rows = read_metrics(folder / "metrics.jsonl") if saved else []
+        rows = read_metrics(folder / "metrics.jsonl") if resume else []
+        if not saved and len(rows) > 1:  # one is logged before the first checkpoint
+            raise ValueError(f"--resume {folder}: its checkpoint is gone; begin anew with another --name")
+        rows = rows if saved else []
+        if saved and saved["epoch"] > config.epochs:
+            raise ValueError(f"--epochs {config.epochs}: the run has {saved['epoch']} already")
         rows = [row for row in rows if row["epoch"] <= saved["epoch"]]
         if saved and [row["epoch"] for row in rows] != list(range(saved["epoch"] + 1)):
             raise ValueError(f"--resume {folder}: metrics.jsonl lacks rows before its checkpoint's "

@@ -6,6 +6,7 @@ episode in many environments at once, played in chunks of actions, and a control
 
 import math
 import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,7 +126,11 @@ def load_controller(config):
     path, _, name = config.controller.rpartition(":")
     if not Path(path).is_file():
         refuse(config, "controller", "no such file; write file.py:function")
-    controller = runpy.run_path(path).get(name)
+    sys.path.append(str(Path(path).resolve().parent))  # for what it imports from there
+    try:
+        controller = runpy.run_path(path).get(name)
+    except (Exception, SystemExit) as error:  # it is somebody else's code
+        refuse(config, "controller", f"cannot be imported ({type(error).__name__}: {error})")
     if not callable(controller):
         refuse(config, "controller", f"{path} has no function {name!r}")
     return controller
@@ -140,7 +145,7 @@ def ask_controller(config, controller, envs, observations, generator):
     """A controller's actions, (N, A). Raises ValueError, one line, for what are none."""
     shape = len(observations), *envs.single_action_space.shape
     try:
-        actions = np.asarray(controller(observations, generator))
+        actions = np.asarray(controller(observations.copy(), generator))  # which it may change
         broken = actions[~np.isfinite(actions)]
     except Exception as error:  # it is somebody else's code
         refuse(config, "controller", f"fails ({type(error).__name__}: {error})")
@@ -159,7 +164,7 @@ def make_envs(config):
         refuse(config, "task", "needs gymnasium; pip install gymnasium")
     try:
         envs = gymnasium.make_vec(config.task, config.envs, vectorization_mode="sync")
-    except gymnasium.error.Error as error:
+    except (gymnasium.error.Error, ImportError, ValueError) as error:  # the task names a module
         refuse(config, "task", f"gymnasium cannot make it ({str(error).splitlines()[0]})")
     action, observation = envs.single_action_space, envs.single_observation_space
     if not (isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1

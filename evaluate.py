@@ -47,7 +47,7 @@ def evaluate(run, epoch):
     deterministically. Adds a row to progress.png."""
     config = run.config
     views = {"eval": (run.prompts, None)}
-    views |= {f"eval_{name}": (load_prompts(name), None) for name in set_names(config.eval_prompts)}
+    views |= {f"eval_{name}": (prompts, None) for name, prompts in run.held_out.items()}
     if config.eval_deterministic:
         views["eval_eta0"] = run.prompts, 0.0
     row = {}
@@ -154,7 +154,7 @@ def summary(run):
     if best not in (None, run.epoch):
         last = run.folder / "last"
         lines.append(f"  kept: the weights of epoch {best}; the newest are in {last}")
-    elif stopped:
+    elif best is None and config.guard and watched(config) and len(evaluations(run.rows)) > 1:
         lines.append("  kept: the newest weights, since no evaluation was within the guard; "
                      "a lower --lr or --eval-every 1 would find some")
     lines.append("  on fixed prompts and seeds:")

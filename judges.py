@@ -5,6 +5,7 @@ its own processor, as PIL pictures. Models are found on disk, beside this file i
 Hugging Face hub: see `find`. Code that comes with a model is never run.
 """
 
+import string
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +21,11 @@ BERTSCORE_LAYER = {"deberta-xlarge-mnli": 40, "deberta-large-mnli": 18, "deberta
                    "bert-base-uncased": 9, "distilbert-base-uncased": 5}
 
 
+def has_vocabulary(tokenizer):
+    """Whether it tells letters apart: without its files transformers makes one to which all are the same."""
+    return len({tuple(tokenizer(letter).input_ids) for letter in string.ascii_letters}) > 1
+
+
 # CLIP
 
 @lru_cache(maxsize=None)  # aesthetic and clip may share one, and so may a mixture's components
@@ -31,6 +37,8 @@ def load_clip(model, device, processor=None):
     from transformers import CLIPModel, CLIPProcessor
 
     processor = CLIPProcessor.from_pretrained(find(processor or model), trust_remote_code=False)
+    if not has_vocabulary(processor.tokenizer):
+        raise ValueError(f"reward model {processor or model}: its tokenizer has no vocabulary")
     return load_network(CLIPModel, find(model), device, torch.float32), processor
 
 
@@ -145,6 +153,8 @@ def load_encoder(model, device):
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(find(model), trust_remote_code=False)
+    if not has_vocabulary(tokenizer):
+        raise ValueError(f"reward model {model}: its tokenizer has no vocabulary")
     network = load_network(AutoModel, find(model), device, torch.float32)
     return network, tokenizer, BERTSCORE_LAYER.get(Path(model).name, -1)
 

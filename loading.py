@@ -6,10 +6,11 @@ taken. What is missing, does not fit together or would be ignored in silence is 
 
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 
-from models import (condition, ddim_scheduler, denoiser, first_line, kind_of, latents_shape,
+from models import (condition, ddim_scheduler, denoiser, first_line, is_flow, kind_of, latents_shape,
                     main_tokenizer, network_channels, network_name, predict, set_resolution,
                     text_encoders)  # first: it quiets the libraries
 
@@ -19,6 +20,8 @@ import transformers
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
+
+from judges import has_vocabulary
 
 HERE = Path(__file__).parent
 
@@ -79,6 +82,8 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
         raise ValueError(f"--device {device}: cannot be used here ({first_line(error)}); choose cpu, "
                          "or cuda where there is a GPU") from error
     source = locate(model)
+    if not Path(source).exists() and source.startswith((".", os.sep, "~")):
+        raise ValueError(f"--model {model}: there is no such folder")
     if Path(source).exists() and not (Path(source) / "model_index.json").exists():
         raise ValueError(f"--model {model}: no model_index.json in it; give a folder in diffusers' "
                          "layout, or a hub id")
@@ -160,7 +165,10 @@ def load_component(folder, component_class, dtype):
     if not folder.is_dir():
         raise ValueError(f"its folder {folder.name}/ is missing")
     if not issubclass(component_class, torch.nn.Module):
-        return component_class.from_pretrained(folder)
+        component = component_class.from_pretrained(folder)
+        if folder.name.startswith("tokenizer") and not has_vocabulary(component):
+            raise ValueError(f"its {folder.name} has no vocabulary")
+        return component
     dtype = torch.float32 if folder.name == "vae" else dtype
     network, info = component_class.from_pretrained(
         folder, torch_dtype=dtype, variant=find_variant(folder), output_loading_info=True)
@@ -226,12 +234,28 @@ def try_out(pipeline, model, dtype):
                          "another model")
 
 
+def check_kind(pipeline, folder):
+    """Raises ValueError where a run's own model predicts something else than this one does, though its
+    network has the same layers."""
+    config = folder / "config.json"
+    model = Path(locate(json.loads(config.read_text()).get("model", ""))) if config.exists() else folder
+    path = model / "scheduler" / "scheduler_config.json"
+    if not path.exists():  # not a run, or of a model of the hub
+        return
+    theirs, scheduler = json.loads(path.read_text()), pipeline.scheduler
+    flow = "FlowMatch" in theirs["_class_name"]
+    kinds = theirs.get("prediction_type", "epsilon"), scheduler.config.get("prediction_type", "epsilon")
+    if flow != is_flow(scheduler) or not flow and kinds[0] != kinds[1]:
+        raise ValueError(f"it is a run of {model}, whose network predicts something else")
+
+
 def load_tuned(pipeline, folder, scale, dtype):
     """Put a run's weights into the pipeline: its whole network, or its adapter. All of them, or
     ValueError."""
     network, name = denoiser(pipeline), network_name(pipeline)
     adapter = folder / "pytorch_lora_weights.safetensors"
     try:
+        check_kind(pipeline, folder)
         if (folder / name).exists():
             tuned = load_component(folder / name, type(network), dtype)
             base, new = dict(network.named_parameters()), dict(tuned.named_parameters())

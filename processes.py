@@ -87,9 +87,10 @@ def stop_signals(say):
     that is needed.
     """
     def wait():
-        if number := os.read(arrived, 1):
-            say(number[0])
-            os._exit(130)
+        while number := os.read(arrived, 1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM):  # torch's DataLoader has a handler for SIGCHLD
+                say(number[0])
+                os._exit(130)
 
     arrived, wake = os.pipe()
     os.set_blocking(wake, False)

@@ -87,9 +87,9 @@ def load_prompts(spec):
     return prompts
 
 
-def digest(prompts):
-    """What tells one list of prompts from another, a text of 64 digits."""
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+def digest(content):
+    """What tells one text or list from another, 64 digits."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def cut_prompts(tokenizer, prompts):

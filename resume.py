@@ -26,6 +26,8 @@ def restore(run):
     check_checkpoint(saved, run)
     check_rows(run, saved["epoch"], rows)
     run.epoch = saved.pop("epoch")
+    if run.epoch > run.config.epochs:
+        raise ValueError(f"--epochs {run.config.epochs}: {folder} has {run.epoch} already")
     run.updates = run.epoch * run.config.updates * run.config.inner_epochs
     run.rows, run.later_rows = rows[:run.epoch + 1], rows[run.epoch + 1:]
     with torch.no_grad():
@@ -38,6 +40,10 @@ def restore(run):
     run.optimizer.load_state_dict(saved.pop("optimizer") | {"param_groups": groups})
     run.scaler.load_state_dict(saved.pop("scaler"))
     saved.pop("prompts")
+    edited = [name for name, digest in saved.pop("files", {}).items() if digest != run.files[name]]
+    if edited and run.rank == 0:
+        print(f"{folder}: the file of reward {', '.join(edited)} was changed: metrics up to epoch "
+              f"{run.epoch} are of the old one", file=sys.stderr)
     was, run.saved = saved.pop("config"), saved
     changed = [f"{key} {was[key]!r} -> {value!r}" for key, value in asdict(run.config).items()
                if value != was[key] and key not in ("name", "out", "device", "epochs", "patience")]

@@ -13,6 +13,7 @@ import inspect
 import logging
 import os
 import random
+import signal
 import sys
 import threading
 import warnings
@@ -49,6 +50,25 @@ def replace(items, value):
     items[:] = value
 
 
+def signals():
+    """What Ctrl-C and SIGTERM do, which the main thread alone can ask and set: asyncio switches it off."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    signal.set_wakeup_fd(wakeup := signal.set_wakeup_fd(-1))
+    return wakeup, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+
+def set_signals(value):
+    wakeup, interrupt, terminate = value
+    signal.set_wakeup_fd(wakeup)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def set_streams(value):
+    sys.stdout, sys.stderr = value
+
+
 # (read, write) of what code can switch for the whole process. Each reward has its own of these:
 # they hold in its file and in each of its calls, and nowhere else.
 OWN = (
@@ -68,8 +88,10 @@ OWN = (
      lambda value: None if value is None else torch.cuda.set_device(value)),
 )
 # These change the numbers of all threads, and on a GPU a reward is computed while the next pictures
-# are sampled. So they are only put back, after the file and after each call.
+# are sampled, or are the process's alone. So they are only put back, after the file and after each call.
 SHARED = (
+    (signals, set_signals),
+    (lambda: (sys.stdout, sys.stderr), set_streams),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_num_threads, torch.set_num_threads),
     (lambda: (torch.are_deterministic_algorithms_enabled(),
@@ -171,7 +193,9 @@ def load_function(spec):
     file, _, function = spec.rpartition(":")
     if not Path(file).is_file():
         raise RewardError(f"reward {spec}: there is no file {file}")
-    folder, name = Path(file).resolve().parent, f"reward_{Path(file).stem}"
+    folder, name = Path(file).resolve().parent, Path(file).stem
+    if name in sys.modules or name in sys.stdlib_module_names or not name.isidentifier():
+        name = f"reward_{name}"  # else its own, by which processes that it starts can import it
     guest = Guest(spec)
     if folder != HERE:
         theirs, ours = ({path.stem for path in place.iterdir()} for place in (folder, HERE))

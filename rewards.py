@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from judges import (HERE, answer, bertscore_recall, embed_images, embed_texts, find, generate,
                     load_aesthetic_head, load_clip, load_encoder, load_vlm, to_pil)
@@ -315,6 +315,20 @@ def get_reward(spec, device=None):
     return lambda images, prompts: weight * rewards[name](images, prompts)
 
 
+def open_picture(file):
+    """(3, H, W) uint8 of a picture file, as a viewer shows it: the right way up, on white where it is
+    transparent, 16 bits as 8. Of several frames the first."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, whose black and white it does not tell")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.array(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 def pick_device(device):
     return str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -332,8 +346,10 @@ if __name__ == "__main__":
     try:
         rewards = {name: get_reward(name, args.device) for name in parse_reward(args.reward)}
         for file in args.pictures:
-            array = np.array(Image.open(file).convert("RGB"))
-            picture = torch.from_numpy(array).permute(2, 0, 1)[None]  # (1, 3, H, W)
+            try:
+                picture = open_picture(file)[None]
+            except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{file}: {error}") from None
             scores = [f"{name} {reward(picture, [args.prompt]).item():.4f}"
                       for name, reward in rewards.items()]
             print(*scores, file, sep="  ")

@@ -376,6 +376,10 @@ def drawing_settings(args):
         raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
     if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
         raise ValueError(f"--guidance-scale {args.guidance_scale}: must be a number of at least 0")
+    if args.lora_scale and not args.lora:
+        raise ValueError(f"--lora-scale {' '.join(map(str, args.lora_scale))}: needs --lora, the run whose "
+                         "strength it is")
+    args.lora_scale = args.lora_scale or [1.0]
     if not all(map(math.isfinite, args.lora_scale)):
         raise ValueError(f"--lora-scale {' '.join(map(str, args.lora_scale))}: must be numbers, 0 to 1")
     run = run_settings(args.lora)
@@ -404,8 +408,8 @@ def main(arguments=None):
                         "the tuned one's, as the run drew them in its evaluations")
     parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: "
                         "the run's, or models/emoji)")
-    parser.add_argument("--lora-scale", type=float, nargs="+", default=[1.0],
-                        help="strengths of what was trained, 0 to 1; several: one below the other")
+    parser.add_argument("--lora-scale", type=float, nargs="+", help="strengths of what was trained, 0 to 1 "
+                        "(default 1); several: one below the other")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--batch", type=int, help="pictures drawn at once (default: the run's, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default 0)")
@@ -471,15 +475,21 @@ def main(arguments=None):
                 drawn |= zip([label + prompt for prompt in prompts], torch.cat(pictures).split(args.images))
     except FloatingPointError as error:
         parser.exit(1, f"{args.lora or run['model']}: {error} with --dtype {run['dtype']}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped\n")
     names = [label + prompt for prompt in prompts for _, label in labels]
     titles = [f"seed {args.seed + i}" for i in range(args.images)]
     sheet = picture_grid([drawn[name] for name in names], names, titles)
     try:
         sheet.save(args.out)
     except (ValueError, OSError) as error:  # a file has a largest size, but for PNG
-        args.out = str(Path(args.out).with_suffix(".png"))
+        png = Path(args.out).with_suffix(".png")
+        args.out = f"{args.out}.png" if png.exists() else str(png)
+        try:
+            sheet.save(args.out)
+        except OSError as again:
+            parser.exit(1, f"--out {args.out}: cannot be written ({again})\n")
         print(f"{error}; saved as {args.out}", file=sys.stderr)
-        sheet.save(args.out)
     print(f"{args.out}: {len(prompts)} prompts, seeds {args.seed} to {args.seed + args.images - 1}")
 
 

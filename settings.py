@@ -165,6 +165,8 @@ def check_values(config):
     check_choices(config, dtype=("", *DTYPES), kernels=("auto", "triton", "torch"),
                   optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"),
                   sampler=("", *ETAS))
+    if config.lora_targets and not config.lora_rank:
+        refuse(config, "lora_targets", "needs --lora-rank, such as 4, or the whole network is trained")
     if not 0 <= config.ema < 1:
         refuse(config, "ema", "must be 0 (none) or below 1")
     window = re.fullmatch(WINDOW, config.window or f"0:{config.steps}")

@@ -57,9 +57,11 @@ class Run:
     rank: int  # of this process, of `world`
     world: int
     prompts: list  # to train on
-    digest: str  # of these and of --eval-prompts, which an interrupted run must find again
+    held_out: dict  # name of a set of --eval-prompts -> its prompts
+    digest: str  # of both, which an interrupted run must find again
     components: dict  # name of a trained reward -> weight
     rewards: dict  # name -> function, the watched ones too
+    files: dict  # name of a reward in a file -> digest of the file
     pipeline: object
     timesteps: torch.Tensor  # (T,)
     parameters: list
@@ -129,12 +131,15 @@ def set_up(config, folder, resume, reference):
 
     # everything that can be refused is tried before the folder is made
     prompts, components = load_prompts(config.prompts), parse_reward(config.reward)
-    held_out = sum(map(load_prompts, set_names(config.eval_prompts)), [])
+    held_out = {name: load_prompts(name) for name in set_names(config.eval_prompts)}
+    others = sum(held_out.values(), [])
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
+    files = {name: digest(Path(name.rpartition(":")[0]).read_text(errors="replace"))
+             for name in rewards if ".py:" in name}
     # what is trained is float32
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32,
                              resolution=config.resolution)
-    notice = cut_notice(main_tokenizer(pipeline), prompts + held_out)
+    notice = cut_notice(main_tokenizer(pipeline), prompts + others)
     if notice and rank == 0:
         print(notice, file=sys.stderr)
     if device.type == "cuda" and rank == 0:
@@ -144,7 +149,7 @@ def set_up(config, folder, resume, reference):
     timesteps = check_steps(config, pipeline)
     cache = {}
     if config.offload:  # the VAE comes back for each batch
-        read_prompts(pipeline, [*prompts, *held_out, ""], cache, rank)
+        read_prompts(pipeline, [*prompts, *others, ""], cache, rank)
         for module in (*text_encoders(pipeline), pipeline.vae):
             module.to("cpu")
     if config.gradient_checkpointing:
@@ -160,8 +165,9 @@ def set_up(config, folder, resume, reference):
     if config.compile:
         compile_blocks(network)
 
-    run = Run(config, folder, device, dtype, rank, world, prompts, digest([prompts, held_out]), components,
-              rewards, pipeline, timesteps.to(device), parameters, make_optimizer(parameters, config),
+    run = Run(config, folder, device, dtype, rank, world, prompts, held_out, digest([prompts, others]),
+              components, rewards, files, pipeline, timesteps.to(device), parameters,
+              make_optimizer(parameters, config),
               torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), cache=cache)
     if reference and not config.lora_rank:
         run.reference = copy.deepcopy(network).requires_grad_(False)
@@ -410,7 +416,16 @@ def describe(run, updates, pairs, kind, teachers=0):
             f"  {updates} updates an epoch of {pairs} {kind}; {at_once} at once on each of "
             f"{run.world} x {config.device}; {trained:.2f} M parameters at lr {config.lr:g}, {config.dtype}\n"
             f"  an epoch costs {forward:,} network rows forward and {backward:,} forward and backward, all "
-            f"epochs about {config.epochs * (forward + 3 * backward):,} forward rows' worth")
+            f"epochs about {config.epochs * (forward + 3 * backward):,} forward rows' worth"
+            + unguarded(config))
+
+
+def unguarded(config):
+    """A line, where --watch names only what is trained on, so that --guard has nothing to go by."""
+    if not (config.guard and config.watch) or watched(config) or config.eval_prompts:
+        return ""
+    return (f"\n  nothing is watched, since {config.watch} is trained on: --guard has no effect; --watch "
+            "another metric, or give --eval-prompts")
 
 
 def apply_gradients(run):
@@ -494,6 +509,6 @@ def save(run, epoch, best=None, **state):
         else:
             save_weights(run.pipeline, run.config, run.folder / "last")
     save_checkpoint(run.folder / "checkpoint", state | {
-        "epoch": epoch, "config": asdict(run.config), "prompts": run.digest,
+        "epoch": epoch, "config": asdict(run.config), "prompts": run.digest, "files": run.files,
         "parameters": [p.detach().cpu() for p in run.parameters], "ema": run.ema,
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()})

@@ -3,6 +3,7 @@ killed or cannot work."""
 
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -263,6 +264,16 @@ def test_gae_is_the_sum_of_its_paper_and_its_ends_are_td_and_monte_carlo():
     torch.testing.assert_close(found[0], returns - values[0])
 
 
+def test_a_controller_that_changes_its_observations_changes_only_a_copy():
+    def clumsy(observations, generator):
+        observations *= 0
+        return np.zeros((len(observations), 1))
+
+    config = control_loop.Config(task="Countdown-v0", envs=4, chunk=3)
+    seen = copy_controller(config, make_envs(config), clumsy)[0]
+    assert torch.equal(seen, copy_controller(config, make_envs(config), countdown)[0]) and seen.any()
+
+
 def test_demonstrations_are_cut_into_chunks_that_lie_within_an_episode():
     config = control_loop.Config(task="Countdown-v0", envs=16, chunk=3, gamma=GAMMA)
     config.demonstrations = 1
@@ -385,6 +396,8 @@ def test_a_run_that_is_killed_ends_with_the_same_numbers(script, settings, tmp_p
     (control_loop, ["--controller", "none.py:f"], "no such file"),
     (control_loop, ["--controller", f"{__file__}:nothing"], "no function 'nothing'"),
     (control_loop, ["--controller", f"{__file__}:start"], "fails"),
+    (control_loop, ["--controller", f"{Path(__file__).parents[1] / 'README.md'}:f"], "cannot be imported"),
+    (control_loop, ["--task", "no_such_module:Task-v0"], "gymnasium cannot make it"),
     (control_loop, ["--controller", f"{__file__}:countless"], "shape"),
     (control_loop, ["--controller", f"{__file__}:boundless"], "finite"),
     (control_loop, ["--controller", f"{__file__}:wordy"], "fails"),
@@ -424,6 +437,17 @@ def test_a_run_does_not_write_over_another_and_says_how_to_go_on(tmp_path, capsy
     with pytest.raises(SystemExit) as stop:
         control.main(["--out", str(tmp_path)])
     assert stop.value.code == 2 and f"--resume {tmp_path / 'control'}" in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoint_is_gone_or_that_has_more_epochs_is_refused_and_kept(tmp_path, capsys):
+    control.main(flags(name="run", out=tmp_path, **PLANS))
+    log = (tmp_path / "run/metrics.jsonl").read_text()
+    for arguments, names in ((["--epochs", "2"], "--epochs 2: the run has 3"), ([], "checkpoint is gone")):
+        with pytest.raises(SystemExit) as stop:
+            control.main(["--resume", str(tmp_path / "run"), *arguments])
+        assert stop.value.code == 2 and names in capsys.readouterr().err
+        assert (tmp_path / "run/metrics.jsonl").read_text() == log
+        shutil.rmtree(tmp_path / "run/checkpoint", ignore_errors=True)
 
 
 def test_a_gradient_that_explodes_is_named_with_the_learning_rate(tmp_path, capsys):

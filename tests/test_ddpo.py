@@ -459,6 +459,8 @@ def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
         (["--algorithm", "ppo"], "ppo"),
         (["--algorithm", "sf", "--updates", "2"], "sf"),
         (["--lora-rank", "4", "--lora-targets", "no_such_layer"], "no_such_layer"),
+        (["--lora-targets", "to_q"], "needs --lora-rank"),
+        (["--model", "./no/such/folder"], "no such folder"),
         (["--resume", "no/such/run"], "no/such/run"),
         (["--resume", "models/emoji/unet"], "not that of a run"),
         (["--epochs", "x"], "epochs"),

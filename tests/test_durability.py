@@ -343,6 +343,20 @@ def test_a_config_that_lacks_a_setting_is_refused_and_one_that_is_changed_is_rep
     assert "lr 0.001 -> 0.5" in capsys.readouterr().err
 
 
+def test_a_run_says_that_its_rewards_file_was_changed_and_has_no_fewer_epochs_than_are_done(
+        model, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(images, prompts): return images.float().mean((1, 2, 3))")
+    config = Config(model=model, reward=f"{file}:mine", out=str(tmp_path), name="run", **SMALL)
+    folder = ddpo.train(config)
+    resumed(folder, 3)
+    assert "was changed" not in capsys.readouterr().err
+    file.write_text(file.read_text().replace("return", "return 9 *"))
+    assert "--epochs 2: " in refusal(capsys, ["--resume", str(folder), "--epochs", "2"])
+    resumed(folder, 4)
+    assert f"the file of reward {file}:mine was changed: metrics up to epoch 3 are" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("edit", [
     lambda rows: rows.__setitem__(1, "gone"), lambda rows: rows.__setitem__(0, "[]"),
     lambda rows: rows.__setitem__(1, '{"epoch": "1"}'), lambda rows: rows.__setitem__(1, '{"epoch": 1}'),

@@ -2,6 +2,7 @@
 when a run is stopped."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from safetensors.torch import load_file
 import ddpo
 import evaluate
 from ddpo import Config
-from evaluate import diversity, fixed_prompts, guard
+from evaluate import diversity, fixed_prompts, guard, summary
 from prompts import load_prompts
 from run_folder import read_metrics
-from training import start
+from training import start, unguarded
 
 SMALL = dict(
     images=4, sample_batch=4, train_batch=4, steps=3, epochs=4, eval_images=4, eval_every=1,
@@ -33,6 +34,28 @@ def rows(rewards, watch, std=0.1):
 def decisions(evaluated, config):
     """What the guard decides after each evaluation."""
     return [guard(evaluated[:n], config) for n in range(1, len(evaluated) + 1)]
+
+
+def test_a_run_says_that_nothing_it_found_was_within_the_guard_and_that_nothing_is_watched(tmp_path):
+    run = SimpleNamespace(config=Config(guard=1.0, patience=2), folder=tmp_path, epoch=1,
+                          rows=rows([0, 1], [0.7, 0.1]))
+    assert "no evaluation was within the guard" in summary(run)
+    run.rows = rows([0, 1], [0.7, 0.7])
+    assert "guard" not in summary(run)
+    assert "--guard has no effect" in unguarded(Config(reward="clip"))
+    for config in (Config(), Config(reward="clip", guard=0.0), Config(reward="clip", watch=""),
+                   Config(reward="clip", eval_prompts="objects")):
+        assert unguarded(config) == ""
+
+
+def test_the_prompts_of_an_evaluation_are_those_that_the_run_began_with(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("a cat\na dog\n")
+    run = ddpo.prepare(Config(**SMALL | dict(out=str(tmp_path), watch="", eval_prompts=str(file))))
+    before = evaluate.evaluate(run, 0)
+    file.unlink()
+    assert evaluate.evaluate(run, 0) == before
+    evaluate.close(run)
 
 
 def test_the_best_evaluation_within_the_guard_is_saved_and_two_beyond_it_end_the_run():

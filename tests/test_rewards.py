@@ -5,8 +5,10 @@ import logging
 import os
 import random
 import runpy
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,7 +264,8 @@ def process():
         cudnn=(cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32),
         tf32=torch.backends.cuda.matmul.allow_tf32, matmul=torch.get_float32_matmul_precision(),
         anomalies=torch.is_anomaly_enabled(), warnings=warnings.filters, division=np.geterr(),
-        log=(logging.root.level, logging.root.handlers), path=sys.path).items()}
+        log=(logging.root.level, logging.root.handlers), path=sys.path,
+        streams=(sys.stdout, sys.stderr), signals=reward_files.signals()).items()}
 
 
 SWITCHES = [
@@ -278,8 +281,9 @@ SWITCHES = [
     "torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = 'ieee'",
     "torch.set_float32_matmul_precision('high')", "torch.autograd.set_detect_anomaly(True)",
     "warnings.simplefilter('error')", "np.seterr(all='raise')", "sys.path.insert(0, '/somewhere')",
-    "logging.basicConfig(level=logging.DEBUG, force=True)"]
-IMPORTS = "import logging, os, random, sys, tempfile, warnings\nimport numpy as np, torch\n"
+    "logging.basicConfig(level=logging.DEBUG, force=True)",
+    "sys.stdout = sys.stderr = open(os.devnull, 'w')", "signal.signal(signal.SIGINT, signal.SIG_IGN)"]
+IMPORTS = "import logging, os, random, signal, sys, tempfile, warnings\nimport numpy as np, torch\n"
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -481,6 +485,62 @@ def test_a_run_ends_with_a_failing_code_and_the_message_of_a_reward_that_exits(m
     assert isinstance(end.value.code, str)  # which Python prints, and exits with 1
 
 
+BUSY = """
+import asyncio, multiprocessing, os, signal
+
+async def ask():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
+    return 1.0
+
+def half(number):
+    return number / 2
+
+def mine(images, prompts):
+    signal.signal(signal.SIGALRM, lambda *_: None)  # as a DataLoader has one for its workers
+    signal.raise_signal(signal.SIGALRM)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return [asyncio.run(ask()) + sum(pool.map(half, [1, 2]))] * len(images)
+"""
+SCORE = """
+import os, signal, sys, time
+import torch
+from processes import stop_signals
+from rewards import get_reward
+
+with stop_signals(lambda number: print("stopped by", number, flush=True)):
+    reward = get_reward(sys.argv[1])
+    print(reward(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [""]).item(), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_a_reward_with_signals_and_processes_of_its_own_neither_ends_a_run_nor_keeps_it_from_ending(my_file):
+    done = subprocess.run([sys.executable, "-c", SCORE, f"{my_file(BUSY, 'busy.py')}:mine"], text=True,
+                          cwd=Path(rewards.__file__).parent, capture_output=True, timeout=300)
+    assert (done.stdout, done.returncode) == ("2.5\nstopped by 15\n", 130), done.stderr
+
+
+def test_a_picture_file_is_scored_as_a_viewer_shows_it(tmp_path):
+    grey = (torch.arange(16).view(4, 4) * 16).numpy().astype(np.uint8)
+    plain = Image.fromarray(np.stack([grey] * 3, 2))
+    turned = plain.rotate(90, expand=True)
+    orientation = turned.getexif()
+    orientation[0x0112] = 6  # to be turned by a quarter
+    clear = plain.copy()
+    clear.putalpha(0)
+    for name, image in (("turned", turned), ("clear", clear), ("grey", Image.fromarray(grey)),
+                        ("deep", Image.fromarray(grey.astype(np.uint16) * 257))):
+        image.save(tmp_path / f"{name}.png", exif=orientation if name == "turned" else b"")
+    expected = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
+    for name in ("turned", "grey", "deep"):
+        assert torch.equal(rewards.open_picture(tmp_path / f"{name}.png"), expected), name
+    assert (rewards.open_picture(tmp_path / "clear.png") == 255).all()
+    Image.fromarray(grey / np.float32(255)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="floats"):
+        rewards.open_picture(tmp_path / "float.tiff")
+
+
 def test_the_command_line_scores_pictures_and_refuses_in_one_line(images, tmp_path, monkeypatch,
                                                                   capsys):
     file = str(tmp_path / "noise.png")
@@ -489,8 +549,10 @@ def test_the_command_line_scores_pictures_and_refuses_in_one_line(images, tmp_pa
     runpy.run_path(rewards.__file__, run_name="__main__")
     size = jpeg_kilobytes(images[3:]).item()
     assert capsys.readouterr().out == f"compress {-size:.4f}  incompress {size:.4f}  {file}\n"
-    monkeypatch.setattr(sys, "argv", ["rewards.py", file, "--reward", "foo"])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(rewards.__file__, run_name="__main__")
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "choose compress" in said
+    (tmp_path / "cut.png").write_bytes(open(file, "rb").read()[:-500])
+    for more, says in ((["--reward", "foo"], "choose compress"), ([str(tmp_path / "cut.png")], "cut.png: ")):
+        monkeypatch.setattr(sys, "argv", ["rewards.py", file, *more])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(rewards.__file__, run_name="__main__")
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and says in said

@@ -194,10 +194,24 @@ def test_a_sheet_too_large_for_its_format_is_saved_as_png_and_cut_prompts_are_to
     black = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     monkeypatch.setattr(sample, "sample_trajectories", lambda _, prompts, *rest, **more: SimpleNamespace(
         images=black.expand(len(prompts), -1, -1, -1)))
-    sample.main(["--prompt", "a cat " * 20, "--images", "180", "--out", str(tmp_path / "grid.webp")])
+    arguments = ["--prompt", "a cat " * 20, "--images", "180", "--out", str(tmp_path / "grid.webp")]
+    sample.main(arguments)
     assert Image.open(tmp_path / "grid.png").width > 16383
+    (tmp_path / "grid.png").write_text("somebody's")
+    sample.main(arguments)  # not over that one
+    assert Image.open(tmp_path / "grid.webp.png").width > 16383
+    assert (tmp_path / "grid.png").read_text() == "somebody's"
     said = capsys.readouterr().err
     assert "prompts: 1 of 1 have more than the 20 tokens" in said and "saved as" in said
+
+
+def test_weights_are_not_taken_for_those_of_a_model_that_predicts_something_else(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"model": "models/emoji"}')
+    shutil.copytree(ROOT / "models/emoji/unet", tmp_path / "unet")  # the same layers in both models
+    assert load_pipeline("models/emoji", "cpu", lora=tmp_path)
+    with pytest.raises(ValueError, match="predicts something else"):
+        load_pipeline("models/emoji-flow", "cpu", lora=tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +308,8 @@ def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(small, tmp_pa
     (["--eta", "2"], "--eta"), (["--seed", "18446744073709551616"], "--seed"), (["--steps", "x"], "--steps"),
     (["--sampler", "euler"], "--sampler"), (["--batch", "0"], "--batch 0"),
     (["--guidance-scale", "nan"], "--guidance-scale nan"), (["--guidance-scale", "-3"], "-3"),
-    (["--lora", "prompts", "--lora-scale", "nan"], "--lora-scale nan")])
+    (["--lora", "prompts", "--lora-scale", "nan"], "--lora-scale nan"),
+    (["--lora-scale", "0.5"], "--lora-scale 0.5: needs --lora")])
 def test_what_the_command_line_cannot_do_is_one_line(tmp_path, capsys, arguments, names):
     with pytest.raises(SystemExit) as stop:
         sample.main(arguments if "--out" in arguments else [*arguments, "--out", str(tmp_path / "grid.png")])

@@ -240,6 +240,14 @@ def test_a_folder_of_one_variant_is_loaded_and_a_null_size_is_given_by_resolutio
         load_pipeline(epsilon_model, "cpu", resolution=15)
 
 
+def test_a_tokenizer_without_a_vocabulary_is_refused(epsilon_model, tmp_path):
+    shutil.copytree(epsilon_model, tmp_path / "model")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (tmp_path / "model/tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="its tokenizer has no vocabulary"):
+        load_pipeline(tmp_path / "model", "cpu")
+
+
 def test_a_folder_of_ones_own_called_emoji_is_not_the_shipped_model(epsilon_model, tmp_path, monkeypatch):
     shutil.copytree(epsilon_model, tmp_path / "models/emoji")
     assert is_emoji("models/emoji") and is_emoji(ROOT / "models/emoji")
