@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ddpo
+import sample
 from benchmarks import epoch, peer_trl, rounding, sd15, time_to_target, time_to_target_tables
 from sample import guided_step, load_pipeline, sample_trajectories
 
@@ -547,3 +549,35 @@ def test_bad_flags_are_refused_before_anything_runs(tmp_path, capsys, flags):
         time_to_target.main(["--trl-python", sys.executable, "--work", str(work), *flags])
     assert ended.value.code == 2 and f"{flags[0]} {flags[1]}: " in capsys.readouterr().err
     assert not work.exists()
+
+
+def test_the_base_model_is_measured_with_a_seed_for_each_picture_and_noise_in_the_window_alone(monkeypatch):
+    seeds, noise = [], []
+
+    def sample_trajectories(pipeline, prompts, steps, guidance_scale, etas, generators):
+        seeds.extend(generator.initial_seed() for generator in generators)
+        noise.append((steps, guidance_scale, etas.tolist()))
+        return SimpleNamespace(images=torch.zeros(len(prompts), 3, 8, 8, dtype=torch.uint8))
+
+    monkeypatch.setattr(sample, "load_pipeline", lambda model: SimpleNamespace(device="cpu"))
+    monkeypatch.setattr(sample, "sample_trajectories", sample_trajectories)
+    monkeypatch.setattr(time_to_target, "recognition", lambda images, _: torch.ones(len(images)))
+    base = time_to_target.measure_base(5, 3.0, "1:3")
+    assert base["pictures"] == len(set(seeds)) == 4 * 45
+    assert all(each == (5, 3.0, [0, 1, 1, 0, 0]) for each in noise)
+
+
+def test_of_two_finalists_the_one_with_the_better_median_counts_not_the_one_with_a_lucky_seed(
+        tmp_path, monkeypatch):
+    def run_trial(side, settings, seed, limit_s, target, python):
+        unlucky = settings["lr"] == 2 and seed in (1, 2)
+        return trial(settings, math.inf if unlucky else {1: 90.0, 2: 50.0}[settings["lr"]], limit_s, seed)
+
+    monkeypatch.setattr(time_to_target, "run_trial", run_trial)
+    monkeypatch.setattr(time_to_target, "measure_base",
+                        lambda steps, scale, window: {"size": 2.5, "recognition": 0.9})
+    start = dict(lr=1, steps=10, guidance_scale=4.0)
+    bench = time_to_target.Bench(tmp_path, "python", start, ["here"])
+    part = bench.side("ours", start, {"lr": [dict(lr=2)]}, (0, 1, 2), 300.0, math.inf)
+    assert part["best"]["lr"] == 1
+    assert [trial["reached"] for trial in part["other_finalists"][0]] == [True, False, False]

@@ -110,3 +110,35 @@ def test_prompts_give_their_noun_and_number():
     assert classifiers.noun_of("a cat with a guitar") == "cat"
     assert classifiers.noun_of("an owl on a blue striped background") == "owl"
     assert classifiers.count_of("three hippopotamuses") == 3
+
+
+def test_a_corner_is_covered_in_the_background_s_colour_although_an_animal_borders_on_it():
+    images = torch.full((1, 3, 64, 64), 100, dtype=torch.uint8)
+    images[..., 40:55, 30:50] = 255  # the animal
+    images[..., 50:, 50:] = 0  # the digit
+    covered = classifiers.without_corner(images)
+    assert (covered[..., 50:, 50:] == 100).all() and (covered[..., 40:44, 30:44] == 255).all()
+
+
+def test_each_judge_learns_from_the_characters_that_it_is_said_to_have_seen(monkeypatch):
+    shown = []
+    monkeypatch.setattr(scenes, "draw_counted", lambda rng, sprites, noun, number, glyph:
+                        shown.append((number, glyph)) or np.zeros((64, 64, 3), np.uint8))
+
+    def seen(name):
+        shown.clear()
+        labels = classifiers.draw(name, 300, seed=0)[1].tolist()
+        numbers, glyphs = zip(*shown)
+        assert 100 < glyphs.count("") < 200  # half are without
+        return numbers, glyphs, labels
+
+    for name in ("counter", "judge_a", "judge_b"):
+        numbers, glyphs, labels = seen(name)
+        assert labels == [number - 1 for number in numbers]
+        digits = {(number, glyph) for number, glyph in zip(numbers, glyphs) if glyph.isdecimal()}
+        expected = {"counter": 0, "judge_a": 6, "judge_b": 36}[name]
+        assert len(digits) == expected, name
+        assert all(glyph == str(number) for number, glyph in digits) == (name != "judge_b")
+    assert "".join(seen("counter")[1]).isalpha()
+    _, glyphs, labels = seen("digit")
+    assert labels == [int(glyph or 0) for glyph in glyphs] and set(labels) == set(range(7))

@@ -527,3 +527,37 @@ def test_an_evaluation_starts_from_no_state_that_a_run_of_any_seed_trains_on():
               for key in ((seed, 0), (seed, 0, 0), (seed, 0, 1), (seed, 1))]
     assert not any(np.array_equal(reset(envs, EVALUATION, 0), start) for start in starts)
     assert np.array_equal(reset(envs, 1, 0), reset(envs, 1, 0, 0))  # which is why it has a number of its own
+
+
+def test_each_demonstration_has_its_own_start_and_its_own_shaky_hand():
+    config, hands = control_loop.Config(task="Countdown-v0", envs=16, chunk=1, gamma=GAMMA), []
+    config.demonstrations = 3
+
+    def controller(observations, generator):
+        if (observations[:, 0] == 0).all():
+            hands.append(generator.random())
+        return countdown(observations, generator)
+
+    seen, *_ = copy_controller(config, make_envs(config), controller)
+    lives = seen[seen[:, 0] == 0][:, 1].view(3, 16)
+    assert len({tuple(row) for row in lives.tolist()}) == len(set(hands)) == 3
+
+
+class Brief(Countdown):
+    """Once an episode is over, the next one ends at its first step."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.lives = 1 if seed is None else self.lives
+        return self.observe(), {}
+
+
+def test_an_episode_cut_by_the_time_limit_is_not_ended_by_the_one_after_it():
+    gymnasium.register("Brief-v0", entry_point=Brief, max_episode_steps=5)
+    try:
+        config = control_loop.Config(task="Brief-v0", envs=16, chunk=4, gamma=GAMMA)
+        rollout = play(make_envs(config), config, (0,), lambda seen: (np.zeros((len(seen), 1, 4)), None))
+    finally:
+        gymnasium.registry.pop("Brief-v0")
+    lives = rollout.observations[0][:, 1]
+    assert rollout.terminated[-1].tolist() == (lives <= 5).tolist() and (lives > 5).any()

@@ -773,3 +773,51 @@ def test_pretraining_refuses_what_cannot_work_before_it_starts(setting, value, m
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=f"^--{setting.replace('_', '-')} [^\\n]+$"):
         pretrain.check(replace(pretrain.Config(), **{setting: value}))
+
+
+def test_a_resumed_run_has_the_optimizers_settings_of_its_config(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"weight_decay": 0.5}))
+    again = ddpo.prepare(*ddpo.parse_config(["--resume", str(folder), "--epochs", "3"]))
+    assert [group["weight_decay"] for group in again.optimizer.param_groups] == [0.5]
+    assert again.optimizer.state  # with the moments of the checkpoint
+
+
+def test_what_may_be_given_beside_resume_is_not_reported_as_a_change(run, tmp_path, capsys):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    capsys.readouterr()
+    ddpo.main(["--resume", str(folder), "--epochs", "3", "--patience", "9", "--device", "cpu"])
+    assert "was changed" not in capsys.readouterr().err
+
+
+def test_a_resumed_run_has_the_newest_and_the_averaged_weights_of_its_checkpoint(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    saved = load_checkpoint(folder / "checkpoint")
+    again = ddpo.prepare(*ddpo.parse_config(["--resume", str(folder), "--epochs", "3"]))
+    for name, tensors in (("parameters", again.parameters), ("ema", again.ema)):
+        assert all(torch.equal(p, value) for p, value in zip(tensors, saved[name], strict=True)), name
+    assert not all(torch.equal(p, average) for p, average in zip(again.parameters, again.ema))
+
+
+def test_a_whole_number_in_an_edited_config_stands_for_the_float_that_it_is(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"guidance_scale": 4, "lr": 1}))
+    config, _ = ddpo.parse_config(["--resume", str(folder)])
+    assert (config.guidance_scale, config.lr) == (4.0, 1.0)
+    assert isinstance(config.guidance_scale, float) and isinstance(config.lr, float)
+
+
+def test_a_signal_that_is_ignored_as_under_nohup_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    theirs = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with processes.stop_signals(lambda number: None):
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, signal.default_int_handler)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, theirs)

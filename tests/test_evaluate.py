@@ -2,6 +2,7 @@
 when a run is stopped."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ import evaluate
 from ddpo import Config
 from evaluate import diversity, fixed_prompts, guard, summary
 from prompts import load_prompts
-from run_folder import read_metrics
+from run_folder import open_tracker, plot_rewards, read_metrics
 from training import start, unguarded
 
 SMALL = dict(
@@ -191,3 +192,38 @@ def test_a_picture_is_recognised_among_all_animals_also_those_held_out(tmp_path,
     animals = {*load_prompts("animals"), *load_prompts("animals_held_out")}
     assert all(animals <= {*candidates} for candidates in seen)
     assert {*seen[1]} - animals == {*fixed_prompts(load_prompts("objects"), SMALL["eval_images"])}
+
+
+def test_the_curves_stand_over_the_pictures_sampled_and_the_guard_below_the_base_model(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures, close = [], plt.close
+    monkeypatch.setattr(plt, "close", figures.append)
+    evaluated = [{"epoch": epoch, "images": 64 * epoch, "eval_reward": epoch, "eval_clip": 0.7 - 0.1 * epoch}
+                 for epoch in range(3)]
+    evaluated[0]["eval_clip_std"] = 0.1
+    for row in evaluated[1:]:
+        row["reward_mean"] = row["epoch"] - 0.5
+    plot_rewards(evaluated, Config(watch="clip", guard=2.0), tmp_path / "rewards.png")
+    lines = [{line.get_label(): [list(axis) for axis in line.get_data()] for line in axes.get_lines()}
+             for axes in figures[0].axes]
+    close(figures[0])
+    reward, clip = lines
+    assert reward["sampled"] == [[64, 128], [0.5, 1.5]]
+    assert reward["fixed prompts and seeds"] == [[0, 64, 128], [0, 1, 2]]
+    assert clip["fixed prompts and seeds"] == [[0, 64, 128], pytest.approx([0.7, 0.6, 0.5])]
+    assert clip["guard"][1] == pytest.approx([0.5, 0.5]) and "guard" not in reward
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_is_told_each_number_with_its_epoch(tmp_path, monkeypatch, tracker):
+    told = []
+    writer = SimpleNamespace(add_scalar=lambda *call: told.append(call), flush=lambda: None)
+    module = SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = SimpleNamespace(log=lambda row, step: told.extend((*item, step) for item in row.items()))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    track = open_tracker(Config(tracker=tracker), tmp_path)
+    track({"reward_mean": 1.5, "loss": 0.1}, 3)
+    assert told == [("reward_mean", 1.5, 3), ("loss", 0.1, 3)]
+    assert open_tracker(Config(), tmp_path) is None

@@ -1,9 +1,13 @@
 """Claims about SDXL, SD3 and FLUX.1, on random pipelines of the real classes that are saved to disk
 and loaded."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +17,8 @@ import ddpo
 import forward
 import rwr
 from families import BUILD, ROOT, flux, save_family
-from models import (condition, decode, denoiser, encode_prompts, latents_shape, main_tokenizer, predict,
-                    schedule_inputs)
+from models import (condition, decode, denoiser, encode_prompts, latents_shape, main_tokenizer,
+                    make_trainable, predict, schedule_inputs)
 from prompts import cut_prompts
 from run_folder import read_metrics
 from sample import ddim_step, ddim_table, load_pipeline, sample_trajectories
@@ -224,3 +228,39 @@ def test_what_is_told_to_be_cut_is_what_the_encoders_do_not_see(family, folders)
 
 def pipeline_embeds(pipeline, prompt):
     return encode_prompts(pipeline, [prompt])["encoder_hidden_states"]
+
+
+def test_an_empty_prompt_is_zeros_to_sdxl_where_its_index_says_nothing_else(folders, tmp_path):
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    for force, zeros in ((None, True), (True, True), (False, False)):  # None: older folders have no such line
+        index.pop("force_zeros_for_empty_prompt", None)
+        index |= {} if force is None else {"force_zeros_for_empty_prompt": force}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        embeds = encode_prompts(load_pipeline(str(folder), "cpu"), [""])
+        for key in ("encoder_hidden_states", "text_embeds"):
+            assert (embeds[key] == 0).all() == zeros, (force, key)
+
+
+def test_guidance_and_size_are_told_to_a_network_in_float32_whatever_it_computes_in(folders):
+    told = {}
+    for family, name in (("flux", "guidance"), ("sdxl", "time_ids")):
+        pipeline = load_pipeline(folders[family], "cpu", torch.bfloat16, resolution=16)
+        network = denoiser(pipeline)
+        network.register_forward_pre_hook(
+            lambda _, __, inputs: told.update(inputs | inputs.get("added_cond_kwargs", {})), with_kwargs=True)
+        embeds, *_ = condition(pipeline, PROMPTS, 3.3)
+        predict(network, torch.zeros(2, *latents_shape(pipeline)), torch.full((2,), 500.0), embeds,
+                dtype=torch.bfloat16)
+        assert told[name].dtype == torch.float32
+    assert told["guidance"].tolist() == [pytest.approx(3.3)] * 2
+
+
+def test_an_adapter_of_a_transformer_is_on_the_attention_of_pictures_and_of_prompts(folders):
+    for family in ("sdxl", "sd3", "flux"):
+        network = denoiser(load_pipeline(folders[family], "cpu", resolution=16))
+        make_trainable(network, SimpleNamespace(lora_rank=2, lora_targets="", seed=0))
+        trained = {re.search(r"(\w+(\.0)?)\.lora_[AB]\.", name)[1]
+                   for name, p in network.named_parameters() if p.requires_grad}
+        of_prompts = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"} if family != "sdxl" else set()
+        assert trained == {"to_q", "to_k", "to_v", "to_out.0"} | of_prompts

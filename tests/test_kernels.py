@@ -15,7 +15,7 @@ import ddpo
 import kernels
 import sample
 from kernels import ddim_step
-from kernels.ddim_step import fused_ddim_step
+from kernels.ddim_step import fused_ddim_step, gaussian_log_prob
 from kernels.ppo_loss import fused_ppo_loss, policy_loss
 
 ROOT = Path(__file__).parents[1]
@@ -473,3 +473,32 @@ def test_a_captured_step_draws_fresh_noise_on_each_replay(monkeypatch):
     for offset in range(3):
         graph.replay()
         assert torch.equal(z, expected[offset])
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_the_step_and_the_loss_for_autograd_name_a_wrong_argument_too(backend, message):
+    p = problem((2, 3, 5, 7))
+    call = dict(p.call, next_latents=p.noise, advantages=p.advantages, clip_range=CLIP)
+    call["old_log_prob"] = torch.zeros(2, device=DEVICE)
+    WRONG[message](call)
+    step = {key: call[key] for key in (*p.call, "next_latents")}
+    takes = [lambda: policy_loss(call.pop("noise_pred"), **call)]
+    if message.partition(":")[0] in step:
+        takes.append(lambda: fused_ddim_step(**step))
+    for take in takes:
+        with pytest.raises(ValueError) as error:
+            take()
+        assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_large_sample_scores_alone_as_in_a_batch_on_several_threads_too():
+    """16 x 64 x 64 are the latents of SD3 and FLUX.1 at 512 pixels."""
+    drawn, mean = torch.randn(2, 8, 16, 64, 64, generator=torch.Generator().manual_seed(0))
+    one, zero, threads = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        alone = [gaussian_log_prob(*pair, one, zero) for pair in zip(drawn.split(1), mean.split(1))]
+        together = gaussian_log_prob(drawn, mean, one, zero)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.cat(alone), together)

@@ -5,13 +5,14 @@ import pytest
 import torch
 
 import ddpo
+import forward
 import memory
 from ddpo import parse_config
 from families import save_family
 from loading import load_pipeline
 from memory import NETWORKS, peak_memory
 from models import condition, denoiser, predict
-from stable_diffusion import save_pipeline
+from stable_diffusion import save_pipeline, small_model
 
 
 @pytest.mark.parametrize("model, published", [
@@ -107,3 +108,38 @@ def test_eight_bit_moments_take_two_bytes_a_parameter(tmp_path):
     trained = sum(p.numel() for p in pipeline.unet.parameters())
     assert {key: size / trained for key, size in sizes.items()} == {
         ("adamw", 0.0): 12, ("adamw", 0.9): 16, ("adamw8bit", 0.0): 6, ("adamw8bit", 0.9): 10}
+
+
+def parts_of(world=1, **settings):
+    """(peak_memory of a run on the small Stable Diffusion, its number of parameters)"""
+    pipeline = load_pipeline(small_model(), "cpu")
+    base = dict(model=small_model(), lora_rank=0, dtype="fp32", device="cpu", watch="", images=64, steps=10)
+    return (peak_memory(settings.pop("script", ddpo).Config(**base | settings), world, pipeline),
+            sum(p.numel() for p in pipeline.unet.parameters()))
+
+
+def test_each_process_keeps_its_share_of_the_trajectories_and_a_copy_of_the_gradients():
+    (one, trained), (two, _) = parts_of(world=1), parts_of(world=2)
+    assert two["training"] - one["training"] == 4 * trained
+    trajectory = 11 * 4 * 8 * 8 * 4  # ten steps and the noise, 4 x 8 x 8 latents of 4 bytes
+    assert one["latents and embeddings"] - two["latents and embeddings"] == 32 * trajectory
+
+
+def test_a_second_network_beside_the_trained_one_takes_its_place():
+    plain, trained = parts_of()
+    assert parts_of(kl=0.1)[0]["training"] - plain["training"] == 4 * trained  # the base model
+    of_forward, _ = parts_of(script=forward)
+    assert of_forward["training"] - plain["training"] == 8 * trained  # the old weights, and those aside
+
+
+def test_networks_of_rewards_that_are_watched_count_as_those_of_what_is_trained_on():
+    for settings in (dict(watch="pickscore"), dict(reward="compress:1,pickscore=FOLDER:2"),
+                     dict(watch="pickscore", reward="pickscore")):
+        assert parts_of(**settings)[0]["rewards"] == pytest.approx(3.9e9)
+
+
+def test_a_decoder_that_waits_elsewhere_is_there_while_it_decodes():
+    (plain, _), (saving, _) = parts_of(), parts_of(offload=True)
+    decoder = sum(p.numel() for p in load_pipeline(small_model(), "cpu").vae.parameters())
+    assert saving["decoding"] - plain["decoding"] == 4 * decoder
+    assert saving["latents and embeddings"] == 0 and saving["weights"] < plain["weights"] - 4 * decoder

@@ -2,12 +2,15 @@
 
 import json
 import re
+import runpy
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from transformers import CLIPTokenizer
 
+import prompts
 from prompts import FOLDER, SETS, cut_notice, cut_prompts, load_prompts, sample_prompts
 
 
@@ -189,3 +192,11 @@ def test_every_prompt_comes_equally_often_when_there_are_more_draws_than_prompts
 def test_a_number_of_prompts_that_groups_cannot_make_is_refused(n, group_size):
     with pytest.raises(ValueError, match="multiple of the group size"):
         sample_prompts(["a cat"], n, group_size=group_size)
+
+
+def test_the_command_line_shows_the_sample_of_its_seed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "animals", "-n", "5", "--seed", "3"])
+    runpy.run_path(prompts.__file__, run_name="__main__")
+    animals = load_prompts("animals")
+    drawn = sample_prompts(animals, 5, torch.Generator().manual_seed(3))
+    assert capsys.readouterr().out.splitlines() == [*drawn, f"# 5 of {len(animals)} prompts"]

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import ddpo
@@ -317,3 +318,53 @@ def is_alive(pid):
         return False
     state = Path(f"/proc/{pid}/stat")
     return not (state.exists() and state.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_a_typographic_run_is_measured_before_at_the_guard_s_weights_and_at_its_last(tmp_path, monkeypatch):
+    seen = []
+
+    def evaluation_pictures(config, weights, prompts):
+        seen.append(weights)
+        return torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ["two cats"] * 2
+
+    monkeypatch.setattr(reproduce_figures, "evaluation_pictures", evaluation_pictures)
+    for run in ("guarded", "whole"):
+        fake_run(tmp_path / run, seed=0, prompts="counting_to_six")
+        (tmp_path / run / "unet").mkdir()
+    (tmp_path / "guarded/last").mkdir()
+    numbers = reproduce_figures.measure_digits(["guarded", "whole"], tmp_path / "digits.json", tmp_path)
+    guarded, whole = tmp_path / "guarded", tmp_path / "whole"
+    assert seen == [None, guarded, guarded / "last", whole, whole]  # one base model
+    assert all(set(each) == {"before", "guard", "end"} for each in numbers.values())
+
+
+def test_held_out_prompts_are_measured_of_the_base_model_also_with_the_guidance_of_sampling(
+        tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(reproduce_figures, "measure", lambda config, weights, prompts: (
+        seen.append((config.guidance_scale, weights)) or {"clip": len(seen)}))
+    fake_run(tmp_path / "clip-0", seed=0, guidance_scale=1.0)
+    (tmp_path / "clip-0/unet").mkdir()
+    file = tmp_path / "held_out.json"
+    numbers = reproduce_figures.measure_held_out(["clip-0"], file, tmp_path)
+    sets = experiments.HELD_OUT["clip"]
+    assert list(numbers) == [f"{run} {name}" for run in ("base", "guided", "clip-0") for name in sets]
+    assert [*dict.fromkeys(seen)] == [(1.0, None), (4.0, None), (1.0, tmp_path / "clip-0")]
+    assert reproduce_figures.measure_held_out(["clip-0"], file, tmp_path) == numbers
+    assert len(seen) == 3 * len(sets)  # once each
+
+
+def test_weights_are_measured_once_and_anew_where_they_are_newer(tmp_path):
+    taken, file = [], tmp_path / "measured.json"
+    for run in ("a", "b"):
+        fake_run(tmp_path / run, seed=0)
+        (tmp_path / run / "unet").mkdir()
+
+    def measured():
+        return reproduce_figures.measured(["a", "b"], file, tmp_path, lambda config, folder: (
+            taken.append(folder.name) or len(taken)))
+
+    assert measured() == measured() == {"a": 1, "b": 2} == json.loads(file.read_text())
+    os.utime(tmp_path / "a/unet", (2e9, 2e9))
+    shutil.rmtree(tmp_path / "b/unet")
+    assert measured() == {"a": 3, "b": 2} and taken == ["a", "b", "a"]

@@ -17,10 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (AutoModel, AutoModelForImageTextToText, AutoTokenizer, BertConfig,
-                          BertModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor,
-                          DebertaConfig, DebertaModel, LlavaConfig, LlavaForConditionalGeneration,
-                          LlavaProcessor, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+                          BertModel, CLIPConfig, CLIPImageProcessor,
+                          CLIPModel, CLIPProcessor, DebertaConfig,
+                          DebertaModel, LlavaConfig,
+                          LlavaForConditionalGeneration, LlavaProcessor,
+                          PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration,
+                          RobertaConfig, RobertaModel)
 
 import judges
 import rewards
@@ -584,3 +587,74 @@ def test_code_that_comes_with_a_judge_is_never_run(tmp_path, llava_folder, kind)
             get_reward(f"align={llava_folder}@{folder}", "cpu")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_template_that_writes_the_start_token_itself_makes_no_second_one(llava_folder, images):
+    reward = get_reward(f"vqa={llava_folder}", "cpu")
+    scores = reward(images, PROMPTS)
+    _, processor = rewards.load_vlm(llava_folder, "cpu")
+    processor.chat_template = processor.tokenizer.bos_token + processor.chat_template
+    torch.testing.assert_close(reward(images, PROMPTS), scores)
+
+
+def test_roberta_reads_a_text_as_if_a_space_stood_before_it(tmp_path):
+    vocab = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *BYTES, "Ġc", "Ġca", "Ġcat", "Th", "The"]
+    write(tmp_path, "vocab.json", {token: i for i, token in enumerate(vocab)})
+    write(tmp_path, "merges.txt", "#version: 0.2\nĠ c\nĠc a\nĠca t\nT h\nTh e\n")
+    write(tmp_path, "tokenizer_config.json", {
+        "tokenizer_class": "RobertaTokenizer", "model_max_length": 64})
+    folder = save(RobertaModel(RobertaConfig(
+        vocab_size=len(vocab), hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=66, type_vocab_size=1)), tmp_path)
+    texts = ["cats", "the moon", "a cat sits here"], ["cat", "cat", "cat"]
+    scores = rewards.bertscore_recall(rewards.load_encoder(folder, "cpu"), *texts)
+    spaced = ([f" {text}" for text in row] for row in texts)
+    np.testing.assert_allclose(scores, recall_by_hand(folder, 3, *spaced), atol=2e-6)
+
+
+def test_bertscore_reads_at_most_the_512_tokens_that_encoders_have_positions_for(tmp_path):
+    folder = Path(save_bert(tmp_path))
+    config = BertConfig.from_pretrained(folder, max_position_embeddings=512)
+    encoder = rewards.load_encoder(save(BertModel(config), folder), "cpu")
+    long, longer = "cat " * 510, "cat " * 510 + "moon " * 100
+    scores = rewards.bertscore_recall(encoder, ["the moon"] * 2, [long, longer])
+    assert scores[0] == scores[1]
+
+
+def test_a_vlm_without_a_chat_template_is_refused(tmp_path):
+    folder = Path(save_llava(tmp_path))
+    for file in folder.glob("chat_template*"):
+        file.unlink()
+    for file in folder.glob("*_config.json"):
+        content = json.loads(file.read_text())
+        content.pop("chat_template", None)
+        write(folder, file.name, content)
+    with pytest.raises(RewardError, match="vqa: cannot load .*it has no chat template") as error:
+        get_reward(f"vqa={folder}", "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_of_count_may_have_capitals_and_spaces_around_it(llava_folder, images, monkeypatch):
+    monkeypatch.setattr(rewards, "answer", lambda network, images, questions: [
+        "five" if question == "How many wolves are there in this image?" else "a wolf"
+        for question in questions])
+    reward = get_reward(f"count={llava_folder}", "cpu")
+    assert reward(images[:2], ["Five Wolves", " five wolves\t"]).tolist() == [1, 1]
+
+
+def test_a_path_that_exists_comes_before_a_folder_of_that_name_beside_the_code(tmp_path, monkeypatch):
+    mine, beside = tmp_path / "mine/clip", tmp_path / "models/clip"
+    beside.mkdir(parents=True)
+    monkeypatch.setattr(judges, "HERE", tmp_path)
+    assert judges.find(str(mine)) == str(beside)
+    mine.mkdir(parents=True)
+    assert judges.find(str(mine)) == str(mine)
+
+
+def test_an_aesthetic_head_saved_in_float16_computes_in_float32(clip_folder, head_file, images, tmp_path):
+    half = {name: value.half() for name, value in load_file(head_file).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    save_file({name: value.float() for name, value in half.items()}, tmp_path / "same.safetensors")
+    of_half, of_same = (get_reward(f"aesthetic={tmp_path / name}.safetensors@{clip_folder}", "cpu")(
+        images, PROMPTS) for name in ("half", "same"))
+    torch.testing.assert_close(of_half, of_same)

@@ -556,3 +556,11 @@ def test_the_command_line_scores_pictures_and_refuses_in_one_line(images, tmp_pa
             runpy.run_path(rewards.__file__, run_name="__main__")
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and says in said
+
+
+@pytest.mark.parametrize("device", ["toaster", "cuda:99"])
+@pytest.mark.parametrize("spec", ["compress", "clip"])
+def test_a_device_that_is_not_there_is_named_in_one_line_whatever_the_reward(spec, device):
+    with pytest.raises(RewardError, match=f"^device {device}: cannot be used here") as error:
+        get_reward(spec, device)
+    assert "\n" not in str(error.value)

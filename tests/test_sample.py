@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from PIL import Image
 
+import loading
 import sample
 from run_folder import save_weights
 from sample import ddim_step, ddim_table, decode, encode_prompts, load_pipeline, predict, sample_trajectories
@@ -337,3 +338,36 @@ def test_strength_0_stands_beside_the_base_model_and_is_it(small, tmp_path, grid
                  "--out", str(tmp_path / "grid.png")])
     (rows, names, _), = grids
     assert names == ["base: a cat", "tuned: a cat"] and torch.equal(*rows)
+
+
+def test_a_loader_that_fails_half_way_leaves_torch_s_default_dtype(monkeypatch):
+    def fails(folder, dtype):
+        torch.set_default_dtype(dtype)
+        raise OSError("half of a file")
+
+    monkeypatch.setattr(loading, "load_components", fails)
+    try:
+        with pytest.raises(ValueError, match="half of a file"):
+            load_pipeline("models/emoji", "cpu", torch.bfloat16)
+        assert torch.get_default_dtype() == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_run_is_drawn_in_the_size_that_it_was_trained_in(small, tmp_path, grids):
+    save_run(tmp_path / "run", small, 4, resolution=24)
+    command = ["--lora", str(tmp_path / "run"), "--prompt", "a cat", "--images", "1", "--steps", "1",
+               "--out", str(tmp_path / "grid.png")]
+    sample.main(command)
+    sample.main([*command, "--resolution", "16"])
+    assert [rows[0].shape[-2:] for rows, *_ in grids] == [(24, 24), (16, 16)]
+
+
+def test_a_grid_has_a_row_below_a_row_and_a_column_beside_a_column():
+    rows = [torch.zeros(3, 3, 64, 64, dtype=torch.uint8) for _ in range(2)]
+    for i, row in enumerate(rows):
+        for j in range(3):
+            row[j] = torch.tensor([100 * i, 80 * j, 30]).view(3, 1, 1)
+    grid = sample.picture_grid(rows, cell=96)
+    colours = [[grid.getpixel((98 * j + 48, 98 * i + 48)) for j in range(3)] for i in range(2)]
+    assert colours == [[(100 * i, 80 * j, 30) for j in range(3)] for i in range(2)]

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from transformers import CLIPModel
 
 from emoji import clip, diffusion, pretrain, scenes, trainer, variants
 import prompts
-from rewards import clip_top1
-from sample import load_pipeline, sample_trajectories
+from rewards import clip_top1, get_reward
+from sample import encode_prompts, load_pipeline, sample_trajectories
 
 
 def test_the_same_seed_draws_the_same_scenes():
@@ -260,3 +262,140 @@ def test_the_shipped_weights_stay_small():
     assert megabytes <= 32
     figures = json.loads((folder / "figures.json").read_text())
     assert figures["weights_megabytes"] == pytest.approx(megabytes)
+
+
+def test_a_picture_s_seed_is_its_place_also_in_a_later_batch(monkeypatch):
+    seeds = []
+
+    def sample_trajectories(pipeline, prompts, steps, guidance_scale, eta, generators, *_, **__):
+        seeds.extend(generator.initial_seed() for generator in generators)
+        return SimpleNamespace(images=torch.zeros(len(prompts), 3, 8, 8, dtype=torch.uint8))
+
+    monkeypatch.setattr(trainer, "sample_trajectories", sample_trajectories)
+    images = trainer.draw(SimpleNamespace(device="cpu"), ["a cat"] * 150, 10, 4.0, "cats")
+    assert len(images) == 150 and seeds == list(range(150))
+
+
+def test_the_animals_share_is_of_the_pictures_of_animals():
+    prompts_ = scenes.nouns() * 3
+    chosen = trainer.of_animals(torch.arange(len(prompts_)), 3).flatten().tolist()
+    animals = {*scenes.nouns("animals"), *scenes.nouns("held_out_animals")}
+    assert chosen == [i for i, noun in enumerate(prompts_) if noun in animals]
+
+
+def small_stage(work, steps=4, evaluate=None, **settings):
+    """(config, weights) of a stage that trains three numbers."""
+    torch.manual_seed(0)
+    config = pretrain.Config(work=str(work), vae_steps=steps, **settings)
+    model = trainer.train("vae", config, torch.nn.Linear(3, 1), lambda model: model(
+        torch.randn(8, 3, device=trainer.device())).square().mean(), evaluate)
+    return config, model.state_dict()
+
+
+def test_a_finished_stage_hands_on_its_averaged_weights_and_an_unfinished_one_nothing(tmp_path):
+    config, weights = small_stage(tmp_path, vae_lr=0.1)
+    model = torch.nn.Linear(3, 1)
+    assert trainer.finished("vae", config, model)
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    newest = torch.load(tmp_path / "vae.pt", map_location=trainer.device())["model"]
+    assert not torch.equal(newest["weight"], weights["weight"])
+    config.vae_steps = 5
+    assert not trainer.finished("vae", config, model)
+
+
+def test_a_stage_that_shows_its_averaged_weights_trains_on_with_its_newest(tmp_path):
+    shown = []
+
+    def evaluate(model):
+        shown.append(model.weight.clone())
+        assert not model.training
+        return "fine"
+
+    (tmp_path / "shown").mkdir()
+    _, plain = small_stage(tmp_path, vae_lr=0.1, save_every=2)
+    _, weights = small_stage(tmp_path / "shown", evaluate=evaluate, vae_lr=0.1, save_every=2)
+    assert len(shown) == 2 and torch.equal(shown[-1], plain["weight"])
+    assert all(torch.equal(plain[key], weights[key]) for key in plain)
+
+
+def test_a_stages_learning_rate_rises_for_300_updates_and_falls_to_a_fiftieth(tmp_path, monkeypatch):
+    rates, AdamW = [], torch.optim.AdamW
+
+    class Recorded(AdamW):
+        def step(self, *_):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    small_stage(tmp_path, steps=1200, vae_lr=0.5, save_every=2000)
+    peak = rates.index(max(rates))
+    assert len(rates) == 1200 and 250 <= peak <= 300 and 0.4 < rates[peak] < 0.5
+    assert rates[0] == pytest.approx(0.5 / 300) and rates[-1] == pytest.approx(0.01, rel=1e-2)
+    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:])[::-1]
+    assert rates[600] == pytest.approx(0.5 * 0.51)  # half-way down
+
+
+def test_the_loss_of_noise_has_min_snr_weights_and_a_tenth_of_the_captions_is_left_out(monkeypatch):
+    device, seen = trainer.device(), []
+    monkeypatch.setattr(diffusion, "encode_pictures", lambda *_: torch.zeros(5, 8, 4, 4, device=device))
+    monkeypatch.setattr(diffusion, "encode_captions", lambda *_: (
+        torch.tensor([[0.0], [1.0]], device=device), torch.zeros(5, dtype=torch.long), 1))
+
+    def model(noisy, timesteps, embeds):
+        seen.append(embeds)
+        return SimpleNamespace(sample=torch.zeros_like(noisy))
+
+    scheduler = diffusion.build_scheduler()
+    pipeline = SimpleNamespace(scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None)
+    torch.manual_seed(0)
+    loss = diffusion.noise_loss(pipeline, None, None, 4000, pretrain.Config())(model)
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    assert loss.item() == pytest.approx((snr.clamp(max=5) / snr).mean().item(), rel=0.01)
+    assert seen[0].mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_flow_time_is_the_timestep_of_the_same_signal_to_noise():
+    alpha_bar = diffusion.build_scheduler().alphas_cumprod.double()
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    t = noise / (signal + noise)  # (1 − t) x_0 + t ε, but for a factor
+    timesteps, known = variants.time_of_flow(alpha_bar, t)
+    torch.testing.assert_close(timesteps, torch.arange(1000.0), rtol=0, atol=0.01)
+    torch.testing.assert_close(known, t.float())
+    timesteps, known = variants.time_of_flow(alpha_bar, torch.tensor([1e-4, 0.9999]))  # beyond its ends
+    torch.testing.assert_close(timesteps, torch.tensor([0.0, 999.0]))
+    torch.testing.assert_close(known, t[[0, -1]].float())
+
+
+def test_an_exported_flow_model_is_sampled_with_the_scheduler_of_the_shipped_one(tmp_path):
+    config = pretrain.Config(out=str(pretrain.ROOT / "models/emoji"))
+    unet = load_pipeline("models/emoji-flow").unet
+    variants.export_variant(config, tmp_path, unet, variants.flow_scheduler())
+    exported, shipped = (load_pipeline(model).scheduler for model in (str(tmp_path), "models/emoji-flow"))
+    assert type(exported) is type(shipped) and dict(exported.config) == dict(shipped.config)
+
+
+def test_captions_are_encoded_in_training_as_the_pipeline_encodes_prompts():
+    pipeline = load_pipeline("models/emoji", trainer.device())
+    captions = ["a fox", "a hippopotamus with an ice cream", "a fox"]
+    embeds, rows, empty = diffusion.encode_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
+    assert len(embeds) == 3  # each different one once, and the empty one
+    expected = encode_prompts(pipeline, [*captions, ""])
+    torch.testing.assert_close(embeds[[*rows.tolist(), empty]], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_is_a_model_of_the_networks_that_were_given(tmp_path):
+    shipped, work = pretrain.ROOT / "models/emoji", tmp_path / "work"
+    shutil.copytree(shipped / "tokenizer", work / "tokenizer")
+    config, given = pretrain.Config(out=str(tmp_path / "model"), work=str(work)), load_pipeline(shipped)
+    networks = CLIPModel.from_pretrained(shipped / "clip"), given.vae, given.unet
+    diffusion.export(config, given.tokenizer, *networks)
+    exported, given = load_pipeline(config.out), load_pipeline(shipped)
+    for part in ("unet", "vae", "text_encoder"):
+        weights = getattr(exported, part).state_dict()
+        for key, value in getattr(given, part).state_dict().items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=1e-4)
+    assert '"float32"' in (tmp_path / "model/text_encoder/config.json").read_text()
+    pictures, captions = scenes.draw_scenes(8, seed=0)
+    images = torch.tensor(pictures).permute(0, 3, 1, 2)
+    scores = [get_reward(f"clip={folder}/clip", "cpu")(images, captions) for folder in (config.out, shipped)]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-4)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import ddpo
 import rwr
 from ddpo import Config, PRESETS, kl_loss, parse_config, reference_output, step_weights
-from loading import is_emoji
-from models import latents_shape
+from loading import find_variant, is_emoji
+from models import blocks, latents_shape
 from run_folder import read_metrics, save_weights
 from sample import ddim_table, encode_prompts, load_pipeline, predict, step_etas
 from stable_diffusion import ROOT, save_pipeline
@@ -387,3 +387,18 @@ def test_the_vae_stays_float32_whatever_the_network_computes_in(epsilon_model):
     pipeline = load_pipeline(epsilon_model, "cpu", torch.bfloat16)
     assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.bfloat16
     assert pipeline.vae.dtype == torch.float32
+
+
+def test_every_part_of_a_unet_with_attention_or_convolutions_is_compiled(epsilon_model):
+    unet = load_pipeline(epsilon_model, "cpu").unet
+    inside = {id(p) for block in blocks(unet) for p in block.parameters()}
+    outside = {name.split(".")[0] for name, p in unet.named_parameters() if id(p) not in inside}
+    assert outside == {"conv_in", "time_embedding", "conv_out"}
+
+
+def test_of_several_variants_fp16_is_loaded_and_plain_weights_before_any(tmp_path):
+    for name, variant in (("model.bf16-00001-of-00002.safetensors", "bf16"),
+                          ("diffusion_pytorch_model.non_ema.bin", "bf16"), ("model.fp16.safetensors", "fp16"),
+                          ("model.safetensors", None)):
+        (tmp_path / name).touch()
+        assert find_variant(tmp_path) == variant
