@@ -244,7 +244,7 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(epsilon_model, tmp_path):
     shutil.copytree(epsilon_model, tmp_path / "model")
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (tmp_path / "model/tokenizer" / name).unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="its tokenizer has no vocabulary"):
+    with pytest.raises(ValueError, match="its tokenizer has no vocabulary|protobuf"):  # releases before 5
         load_pipeline(tmp_path / "model", "cpu")
 
 
