@@ -168,6 +168,9 @@ def load_component(folder, component_class, dtype):
         component = component_class.from_pretrained(folder)
         if folder.name.startswith("tokenizer") and not has_vocabulary(component):
             raise ValueError(f"its {folder.name} has no vocabulary")
+        if component_class.__name__.startswith("CLIP") and component.model_max_length > 10**6:
+            raise ValueError(f"its {folder.name} does not say how many tokens it reads; its "
+                             "tokenizer_config.json has a model_max_length, 77 for CLIP")
         return component
     dtype = torch.float32 if folder.name == "vae" else dtype
     network, info = component_class.from_pretrained(
