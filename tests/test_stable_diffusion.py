@@ -186,6 +186,8 @@ def code(component, entry):
     (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer/ is missing"),
     (lambda folder: (folder / "tokenizer/tokenizer_config.json").unlink(),
      "does not say how many tokens it reads"),
+    (lambda folder: shutil.copytree(ROOT / "models/emoji/text_encoder", folder / "text_encoder",
+                                    dirs_exist_ok=True), "its parts do not fit together"),
     (edited("unet/config.json", sample_size=None), "sample_size null; give --resolution"),
     (edited("unet/config.json", encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "weights of its unet"),
     (edited("vae/config.json", latent_channels=9), "cannot be loaded"),
