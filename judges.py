@@ -21,9 +21,11 @@ BERTSCORE_LAYER = {"deberta-xlarge-mnli": 40, "deberta-large-mnli": 18, "deberta
                    "bert-base-uncased": 9, "distilbert-base-uncased": 5}
 
 
-def has_vocabulary(tokenizer):
-    """Whether it tells letters apart: without its files transformers makes one to which all are the same."""
-    return len({tuple(tokenizer(letter).input_ids) for letter in string.ascii_letters}) > 1
+def check_vocabulary(tokenizer, name="tokenizer"):
+    """Raises ValueError if it tells no letters apart: to one that transformers makes without the files of
+    its vocabulary all are the same."""
+    if len({tuple(tokenizer(letter).input_ids) for letter in string.ascii_letters}) == 1:
+        raise ValueError(f"its {name} has no vocabulary")
 
 
 # CLIP
@@ -37,8 +39,7 @@ def load_clip(model, device, processor=None):
     from transformers import CLIPModel, CLIPProcessor
 
     processor = CLIPProcessor.from_pretrained(find(processor or model), trust_remote_code=False)
-    if not has_vocabulary(processor.tokenizer):
-        raise ValueError(f"reward model {processor or model}: its tokenizer has no vocabulary")
+    check_vocabulary(processor.tokenizer)
     return load_network(CLIPModel, find(model), device, torch.float32), processor
 
 
@@ -105,6 +106,7 @@ def load_vlm(model, device):
     processor = AutoProcessor.from_pretrained(find(model), trust_remote_code=False)
     if not getattr(processor, "chat_template", None):
         raise ValueError("it has no chat template: choose a model tuned to follow instructions")
+    check_vocabulary(processor.tokenizer)
     processor.tokenizer.padding_side = "left"  # answers start where the row ends
     dtype = torch.float32
     if torch.device(device).type == "cuda":
@@ -153,8 +155,7 @@ def load_encoder(model, device):
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(find(model), trust_remote_code=False)
-    if not has_vocabulary(tokenizer):
-        raise ValueError(f"reward model {model}: its tokenizer has no vocabulary")
+    check_vocabulary(tokenizer)
     network = load_network(AutoModel, find(model), device, torch.float32)
     return network, tokenizer, BERTSCORE_LAYER.get(Path(model).name, -1)
 

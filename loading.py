@@ -10,9 +10,9 @@ import os
 import re
 from pathlib import Path
 
-from models import (condition, ddim_scheduler, denoiser, first_line, is_flow, kind_of, latents_shape,
-                    main_tokenizer, network_channels, network_name, predict, set_resolution,
-                    text_encoders)  # first: it quiets the libraries
+from models import (condition, ddim_scheduler, denoiser, first_line, kind_of, latents_shape,
+                    main_tokenizer, network_channels, network_name, predict, prediction_kind,
+                    set_resolution, text_encoders)  # first: it quiets the libraries
 
 import diffusers
 import torch
@@ -21,7 +21,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 
-from judges import has_vocabulary
+from judges import check_vocabulary
 
 HERE = Path(__file__).parent
 
@@ -166,8 +166,8 @@ def load_component(folder, component_class, dtype):
         raise ValueError(f"its folder {folder.name}/ is missing")
     if not issubclass(component_class, torch.nn.Module):
         component = component_class.from_pretrained(folder)
-        if folder.name.startswith("tokenizer") and not has_vocabulary(component):
-            raise ValueError(f"its {folder.name} has no vocabulary")
+        if folder.name.startswith("tokenizer"):
+            check_vocabulary(component, folder.name)
         if component_class.__name__.startswith("CLIP") and component.model_max_length > 10**6:
             raise ValueError(f"its {folder.name} does not say how many tokens it reads; its "
                              "tokenizer_config.json has a model_max_length, 77 for CLIP")
@@ -245,10 +245,8 @@ def check_kind(pipeline, folder):
     path = model / "scheduler" / "scheduler_config.json"
     if not path.exists():  # not a run, or of a model of the hub
         return
-    theirs, scheduler = json.loads(path.read_text()), pipeline.scheduler
-    flow = "FlowMatch" in theirs["_class_name"]
-    kinds = theirs.get("prediction_type", "epsilon"), scheduler.config.get("prediction_type", "epsilon")
-    if flow != is_flow(scheduler) or not flow and kinds[0] != kinds[1]:
+    theirs = getattr(diffusers, json.loads(path.read_text())["_class_name"]).from_pretrained(path.parent)
+    if prediction_kind(theirs) != prediction_kind(pipeline.scheduler):
         raise ValueError(f"it is a run of {model}, whose network predicts something else")
 
 

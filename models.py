@@ -171,6 +171,11 @@ def is_flow(scheduler):
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
 
 
+def prediction_kind(scheduler):
+    """What the network predicts: flow, or the prediction_type of the other schedulers."""
+    return "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
+
+
 def ddim_scheduler(scheduler):
     """The scheduler that we sample with: a flow-matching one as it is, otherwise DDIM with the same
     noise schedule. Settings keep the values that the given scheduler runs with, also those that its

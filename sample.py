@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import (DTYPES, condition, ddim_scheduler, decode, denoiser, encode_prompts, is_flow,
-                    latents_shape, main_tokenizer, predict, schedule_inputs)  # first: it quiets the libraries
+                    latents_shape, main_tokenizer, predict, prediction_kind,
+                    schedule_inputs)  # first: it quiets the libraries
 from loading import is_emoji, load_pipeline
 
 import torch
@@ -182,11 +183,6 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
         raise ValueError(f"scheduler: with prediction_type {kind!r} its schedule ends in pure noise, where "
                          "x_0 cannot be told; such a schedule (rescale_betas_zero_snr) needs v_prediction")
     return timesteps, table
-
-
-def prediction_kind(scheduler):
-    """What the network predicts: flow, or the prediction_type of the other schedulers."""
-    return "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type", "epsilon")
 
 
 def step_weights(table, policy_steps, kind):

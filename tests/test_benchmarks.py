@@ -305,19 +305,23 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypat
     assert len(ran) == 18
 
 
-def test_the_runner_up_of_a_search_counts_where_the_best_was_lucky(tmp_path, monkeypatch):
-    seconds = {1: 90.0, 2: 50.0}  # on the search's seed
-
+def side_where_the_faster_fails(side, seeds, tmp_path, monkeypatch):
+    """A search between lr 1 and a faster lr 2, which fails on the seeds."""
     def run_trial(side, settings, seed, limit_s, target, python):
-        lucky = settings["lr"] == 2 and seed != time_to_target.SEARCH_SEED
-        return trial(settings, math.inf if lucky else seconds[settings["lr"]], limit_s, seed)
+        fails = settings["lr"] == 2 and seed in seeds
+        return trial(settings, math.inf if fails else {1: 90.0, 2: 50.0}[settings["lr"]], limit_s, seed)
 
     monkeypatch.setattr(time_to_target, "run_trial", run_trial)
     monkeypatch.setattr(time_to_target, "measure_base",
                         lambda steps, scale, window: {"size": 2.5, "recognition": 0.9})
     start = dict(lr=1, steps=10, guidance_scale=4.0)
     bench = time_to_target.Bench(tmp_path, "python", start, ["here"])
-    part = bench.side("TRL", start, {"lr": [dict(lr=2)]}, (0, 1, 2), 300.0, math.inf)
+    return bench.side(side, start, {"lr": [dict(lr=2)]}, (0, 1, 2), 300.0, math.inf)
+
+
+def test_the_runner_up_of_a_search_counts_where_the_best_was_lucky(tmp_path, monkeypatch):
+    assert time_to_target.SEARCH_SEED not in (0, 1, 2)
+    part = side_where_the_faster_fails("TRL", (0, 1, 2), tmp_path, monkeypatch)
     assert part["best"]["lr"] == 1 and all(trial["reached"] for trial in part["trials"])
     others, = part["other_finalists"]
     assert [trial["settings"]["lr"] for trial in others] == [2] * 3
@@ -569,15 +573,6 @@ def test_the_base_model_is_measured_with_a_seed_for_each_picture_and_noise_in_th
 
 def test_of_two_finalists_the_one_with_the_better_median_counts_not_the_one_with_a_lucky_seed(
         tmp_path, monkeypatch):
-    def run_trial(side, settings, seed, limit_s, target, python):
-        unlucky = settings["lr"] == 2 and seed in (1, 2)
-        return trial(settings, math.inf if unlucky else {1: 90.0, 2: 50.0}[settings["lr"]], limit_s, seed)
-
-    monkeypatch.setattr(time_to_target, "run_trial", run_trial)
-    monkeypatch.setattr(time_to_target, "measure_base",
-                        lambda steps, scale, window: {"size": 2.5, "recognition": 0.9})
-    start = dict(lr=1, steps=10, guidance_scale=4.0)
-    bench = time_to_target.Bench(tmp_path, "python", start, ["here"])
-    part = bench.side("ours", start, {"lr": [dict(lr=2)]}, (0, 1, 2), 300.0, math.inf)
+    part = side_where_the_faster_fails("ours", (1, 2), tmp_path, monkeypatch)
     assert part["best"]["lr"] == 1
     assert [trial["reached"] for trial in part["other_finalists"][0]] == [True, False, False]
