@@ -61,7 +61,7 @@ class Config:
     steps: int = 10  # T, of denoising; all of them are trained
     batch: int = 256  # plans of an update
     lr: float = 3e-4  # learning rate of the fine-tuning
-    clip_range: float = 1e-4  # as in ddpo.py: for 16,384 elements, see clip_range_for
+    clip_range: float = 1e-4  # as in ddpo.py: for 16,384 elements, see clip_range_for (ddpo)
     kl: float = 0.0  # weight of the divergence from the pretrained model (ddpo)
     beta: float = 2.0  # weights exp(beta · reward), in standard deviations (rwr)
     length: float = 0.5  # w_l, the price of a path twice as long as the straight line
@@ -205,9 +205,9 @@ def fit(run):
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             evaluated, shown[epoch] = evaluate(model, config, timesteps, table)
             row |= evaluated
+        if epoch in shown:  # before the checkpoint, so that a kill in between leaves no older picture
+            draw_progress(run.rows + [row], shown, folder / "progress.png")
         log(run, row, keeps, shown=shown)
-        if epoch in shown:
-            draw_progress(run.rows, shown, folder / "progress.png")
         run.bar.set_postfix(reward=f"{row['reward_mean']:.2f}", success=f"{row['success']:.2f}")
     release(folder)
     return folder

@@ -242,9 +242,9 @@ def fit(run):
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             evaluated, shown[epoch] = evaluate()
             row |= evaluated
+        if epoch in shown:  # before the checkpoint, so that a kill in between leaves no older picture
+            draw_progress(config, run.rows + [row], shown, folder / "progress.png")
         save(row)
-        if epoch in shown:
-            draw_progress(config, run.rows, shown, folder / "progress.png")
         run.bar.set_postfix({"return": f"{row['return_mean']:.1f}"})
     release(folder)
     return folder

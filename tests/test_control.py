@@ -26,7 +26,7 @@ from ddpo import clip_range_for, is_loss
 from run_folder import load_checkpoint, read_metrics
 from scripts import finish, flags, numbers, start
 from sample import ddim_step, ddim_table
-from processes import seeded
+from processes import RunStopped, seeded
 
 ROOT = Path(__file__).parents[1]
 PLANS = dict(pretrain=20, epochs=3, scenes=4, group_size=4, batch=8, steps=4, eval_every=2,
@@ -541,6 +541,22 @@ def test_each_demonstration_has_its_own_start_and_its_own_shaky_hand():
     seen, *_ = copy_controller(config, make_envs(config), controller)
     lives = seen[seen[:, 0] == 0][:, 1].view(3, 16)
     assert len({tuple(row) for row in lives.tolist()}) == len(set(hands)) == 3
+
+
+def test_demonstrations_with_less_than_two_chunks_are_one_line():
+    config = control_loop.Config(task="Countdown-v0", envs=1, demonstrations=1, chunk=5)
+    with pytest.raises(RunStopped, match=r"--chunk 5.* 1 episodes .*more --demonstrations"):
+        copy_controller(config, make_envs(config), countdown)
+
+
+def test_a_kill_after_the_last_checkpoint_leaves_the_picture_of_the_last_epoch(tmp_path, monkeypatch):
+    for script, settings in ((control, PLANS), (control_loop, LOOP)):
+        config = script.Config(out=str(tmp_path), name=script.__name__, **settings | dict(epochs=1))
+        picture, seen, real = tmp_path / script.__name__ / "progress.png", [], script.log
+        monkeypatch.setattr(script, "log", lambda *row, **state: (
+            seen.append(picture.exists()), real(*row, **state)))
+        script.train(config)
+        assert seen == [False, True]  # at the rows of epochs 0 and 1
 
 
 class Brief(Countdown):
