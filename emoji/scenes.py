@@ -146,14 +146,17 @@ def to_bytes(picture):
 
 
 def places(rng, count, scale, corner=False):
-    """(count, 2) centres, as shares of the frame, that are at least `scale` apart, and away from the
-    character in the corner if there is one. None if there was no room for them."""
-    centres = np.zeros((0, 2))
+    """`count` centres (x, y), as shares of the frame, that are at least `scale` apart, and away from
+    the character in the corner if there is one. None if there was no room for them."""
+    def distance(a, b):
+        return max(abs(a[0] - b[0]), abs(a[1] - b[1]))
+
+    centres = []
     for _ in range(60 * count):
-        new = rng.uniform(scale / 2, 1 - scale / 2, 2)
-        apart = (np.abs(centres - new).max(1) >= scale).all()
-        if apart and not (corner and np.abs(new - CORNER).max() < scale / 2 + 0.12):
-            centres = np.append(centres, new[None], 0)
+        new = rng.uniform(scale / 2, 1 - scale / 2, 2).tolist()  # few numbers: lists are faster
+        apart = all(distance(new, centre) >= scale for centre in centres)
+        if apart and not (corner and distance(new, CORNER) < scale / 2 + 0.12):
+            centres.append(new)
         if len(centres) == count:
             return centres
     return None

@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if not torch.cuda.is_available():
@@ -22,3 +23,14 @@ def auto_backend(monkeypatch):
     import kernels
 
     monkeypatch.setattr(kernels, "BACKEND", "auto")
+
+
+@pytest.fixture(autouse=True)
+def small_curves(monkeypatch):
+    """A run in a process of its own draws rewards.png. In the tests' process the picture is small: to
+    draw it takes as long as a tiny epoch."""
+    if "training" in sys.modules:
+        from run_folder import write_whole
+
+        monkeypatch.setattr("training.plot_rewards", lambda rows, config, path: write_whole(
+            path, lambda file: Image.new("L", (8, 8)).save(file, "png")))

@@ -105,9 +105,9 @@ def test_the_clip_recognises_fresh_scenes():
 
 def test_the_clip_recognises_what_the_model_draws():
     nouns, pipeline = with_articles(), load_pipeline("models/emoji", "cpu")
-    generator = torch.Generator().manual_seed(0)
-    images = sample_trajectories(pipeline, nouns, 10, 4.0, generator=generator).images
-    assert clip_top1(images, nouns, nouns).float().mean() >= 0.92  # 0.96, less two standard errors
+    generator, half = torch.Generator().manual_seed(0), nouns[::2]
+    images = sample_trajectories(pipeline, half, 10, 4.0, generator=generator).images
+    assert clip_top1(images, half, nouns).float().mean() >= 0.91  # 0.96, less two standard errors
 
 
 def test_no_text_is_unknown_to_the_tokenizer():
@@ -151,7 +151,10 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_the_stage_of_counting_cards_makes_a_model_of_its_own(tmp_path):
+def test_the_stage_of_counting_cards_makes_a_model_of_its_own(tmp_path, monkeypatch):
+    sample = variants.sample_trajectories  # in two steps instead of ten
+    monkeypatch.setattr(variants, "sample_trajectories", lambda pipeline, prompts, steps, *rest, **more:
+                        sample(pipeline, prompts, 2, *rest, **more))
     config = pretrain.check(pretrain.Config(
         out=str(pretrain.ROOT / "models/emoji"), work=str(tmp_path), cards_out=str(tmp_path / "cards"),
         cards_steps=1, cards_scenes=8, cards_batch=4))
