@@ -86,6 +86,8 @@ def check(config):
         refuse(config, "kl", "only ddpo has it; leave it out, or choose --algorithm ddpo")
     if config.group_size < 2:
         refuse(config, "group_size", "a group needs at least 2 plans to compare")
+    if config.algorithm == "rwr" and config.batch < 2:
+        refuse(config, "batch", "must be at least 2, since plans are weighed against the others of a batch")
     if config.scenes * config.group_size % config.batch:
         refuse(config, "batch", f"must divide the {config.scenes * config.group_size} plans of an "
                                 "epoch, --scenes · --group-size")
@@ -245,7 +247,7 @@ def is_closed_loop(arguments):
     parser.add_argument("--resume", nargs="?", const="", default="")
     given, _ = parser.parse_known_args(arguments)
     config = Path(given.resume) / "config.json"
-    return bool(given.task) or config.is_file() and '"task"' in config.read_text()
+    return bool(given.task) or config.is_file() and '"task"' in config.read_text(errors="replace")
 
 
 def main(arguments=None):

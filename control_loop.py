@@ -25,6 +25,7 @@ Evaluation plays fixed seeds with the noise that the policy is trained with.
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -92,7 +93,7 @@ def policy_table(config):
     return timesteps, table
 
 
-def check(config):
+def check(config, resume=False):
     """Fill in the name and refuse what cannot work: ValueError, one line."""
     check_numbers(config, ("demonstrations", "pretrain", "epochs", "envs", "chunk", "steps",
                            "train_last", "passes", "decisions", "eval_every"),
@@ -102,10 +103,12 @@ def check(config):
     for name in ("gamma", "gae_lambda", "denoising_gamma"):
         if getattr(config, name) > 1:
             refuse(config, name, "must be at most 1")
-    if config.train_last > config.steps:
+    if config.policy == "diffusion" and config.train_last > config.steps:
         refuse(config, "train_last", f"must be at most --steps {config.steps}")
-    try_controller(config, make_envs(config))
     config.name = config.name or f"{config.task.replace('/', '_')}-{config.policy}"
+    envs = make_envs(config)
+    if not (resume and any(Path(config.out, config.name, "checkpoint").glob("epoch_*.pt"))):
+        try_controller(config, envs)  # a run that has begun to learn needs it no more
     return config
 
 
@@ -115,7 +118,7 @@ def train(config, resume=False):
 
 
 def prepare(config, resume):
-    return open_run(check(config), resume)
+    return open_run(check(config, resume), resume)
 
 
 def fit(run):

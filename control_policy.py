@@ -5,7 +5,6 @@ The network and its pretraining, the denoising chain, and a run's folder and com
 
 import json
 import math
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 from processes import RunStopped
-from run_folder import (append, load_checkpoint, read_metrics, reserved, row_line, save_checkpoint,
-                        write_whole)
+from run_folder import (append, load_checkpoint, read_metrics, refuse_existing, reserved, row_line,
+                        save_checkpoint, write_whole)
 from sample import ddim_step, noised
 from settings import above_zero, at_least, check_folder, flags_given, refuse, resumed_config
 
@@ -108,8 +107,10 @@ def check_numbers(config, at_least_1, above_0):
     """What the settings of both loops have in common; all other numbers must not be negative."""
     numbers = {name: value for name, value in asdict(config).items() if not isinstance(value, str)}
     for name, value in numbers.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(config, name, "must be a finite number")
+        if isinstance(value, float) and not abs(value) <= 1e12:
+            refuse(config, name, "must be a finite number, at most 1e12")
+        if isinstance(value, int) and name != "seed" and value > 10**6:
+            refuse(config, name, "must be at most 1000000")
     at_least(config, 1, *at_least_1)
     above_zero(config, *above_0)
     at_least(config, 0, *numbers)
@@ -125,23 +126,29 @@ def open_run(config, resume):
     check_folder(config)
     folder = Path(config.out) / config.name
     with reserved(folder):
-        if not resume and any((folder / file).exists() for file in ("config.json", "checkpoint")):
-            raise ValueError(f"{folder}: exists already; go on with --resume "
-                             f"{shlex.quote(str(folder))}, or choose another --name")
-        saved = load_checkpoint(folder / "checkpoint") if resume else None
-        rows = read_metrics(folder / "metrics.jsonl") if resume else []
-        if not saved and len(rows) > 1:  # one is logged before the first checkpoint
-            raise ValueError(f"--resume {folder}: its checkpoint is gone; begin anew with another --name")
-        rows = rows if saved else []
-        if saved and saved["epoch"] > config.epochs:
-            raise ValueError(f"--epochs {config.epochs}: the run has {saved['epoch']} already")
-        rows = [row for row in rows if row["epoch"] <= saved["epoch"]]
-        if saved and [row["epoch"] for row in rows] != list(range(saved["epoch"] + 1)):
-            raise ValueError(f"--resume {folder}: metrics.jsonl lacks rows before its checkpoint's "
-                             "epoch; mend that file, or begin anew with another --name")
+        if not resume:
+            refuse_existing(folder)
+        saved, rows = read_run(config, folder) if resume else (None, [])
         write_whole(folder / "config.json", json.dumps(asdict(config), indent=1) + "\n")
         write_whole(folder / "metrics.jsonl", "".join(row_line(row) + "\n" for row in rows))
     return SimpleNamespace(config=config, folder=folder, saved=saved, rows=rows, bar=None)
+
+
+def read_run(config, folder):
+    """(checkpoint, rows of metrics.jsonl up to it), or (None, []) of a run that has no checkpoint yet.
+    Raises ValueError, one line, if they do not fit together."""
+    saved, rows = load_checkpoint(folder / "checkpoint"), read_metrics(folder / "metrics.jsonl")
+    if not saved:
+        if len(rows) > 1:  # one is logged before the first checkpoint
+            raise ValueError(f"--resume {folder}: its checkpoint is gone; begin anew with another --name")
+        return None, []
+    if saved["epoch"] > config.epochs:
+        raise ValueError(f"--epochs {config.epochs}: the run has {saved['epoch']} already")
+    rows = rows[:saved["epoch"] + 1]
+    if [row["epoch"] for row in rows] != list(range(saved["epoch"] + 1)):
+        raise ValueError(f"--resume {folder}: metrics.jsonl lacks rows before its checkpoint's "
+                         "epoch; mend that file, or begin anew with another --name")
+    return saved, rows
 
 
 def log(run, row, keeps, **state):

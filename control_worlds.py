@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from models import first_line
 from processes import RunStopped
 from settings import refuse
 
@@ -164,8 +165,8 @@ def make_envs(config):
         refuse(config, "task", "needs gymnasium; pip install gymnasium")
     try:
         envs = gymnasium.make_vec(config.task, config.envs, vectorization_mode="sync")
-    except (gymnasium.error.Error, ImportError, ValueError) as error:  # the task names a module
-        refuse(config, "task", f"gymnasium cannot make it ({str(error).splitlines()[0]})")
+    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:  # the task names a module
+        refuse(config, "task", f"gymnasium cannot make it ({first_line(error)})")
     action, observation = envs.single_action_space, envs.single_observation_space
     if not (isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1
             and np.isfinite([action.low, action.high]).all()):

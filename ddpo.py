@@ -29,9 +29,9 @@ import kernels.ppo_loss
 import settings
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from models import denoiser
+from models import denoiser, latents_shape, predict
 from processes import command_line, reduce, seeded
-from sample import ddim_step, latents_shape, predict, step_weights
+from sample import ddim_step, step_weights
 from settings import PRESETS, Settings, above_zero, at_least, check_choices, refuse
 from training import (apply_gradients, collect, describe, epoch_table, progress_bar,
                       reference_output, reward_row, shard, start, time_row, training_inputs)
@@ -217,7 +217,7 @@ def epoch_steps(run, epoch):
     on the epoch where the window moves."""
     config = run.config
     table, policy_steps = epoch_table(config, run.pipeline, epoch)
-    policy_steps = policy_steps[:math.ceil(config.train_first * len(policy_steps))]
+    policy_steps = policy_steps[:max(1, math.ceil(config.train_first * len(policy_steps) - 1e-9))]
     steps_per_picture = max(1, round(config.timestep_fraction * len(policy_steps)))
     pairs = config.images // config.updates * steps_per_picture
     return table.to(run.device), policy_steps, steps_per_picture, pairs

@@ -55,6 +55,8 @@ def evaluate(run, epoch):
     with averaged(run), progress_bar(run, "evaluating", len(views) * batches * config.steps) as bar:
         for view, (prompt_set, eta) in views.items():
             row |= evaluate_prompts(run, epoch, view, prompt_set, eta, bar)
+    if config.offload:  # decoding has brought it to the device
+        run.pipeline.vae.to("cpu")
     return row
 
 
@@ -72,13 +74,13 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
             embeddings += clip_image_embeddings(images, run.device)
         shown = [i % 2 == 0 and i < 16 for i in index.tolist()]  # one of each pair
         pictures += [image.cpu() for image, is_shown in zip(images, shown) if is_shown]
-    pictures, embeddings = gather(pictures), gather(embeddings)
+    pictures, found = gather(pictures), gather(embeddings)
     values = {}
     for name in batches[0]:
         mine = torch.cat([scores[name] for scores in batches])
         values[name] = torch.tensor(gather(mine.tolist()))
-    if embeddings:
-        embeddings = torch.stack(embeddings)
+    if found:
+        embeddings = torch.stack(found)  # (B, D)
         top1 = embeddings_top1(embeddings, prompts, candidates, run.device)
         values["clip_top1"] = top1.float()
     trained = sum(weight * values[name] for name, weight in run.components.items())
@@ -89,7 +91,7 @@ def evaluate_prompts(run, epoch, view, prompt_set, eta, bar):
     if epoch == 0:
         for name in watched(config):
             row[f"{view}_{name}_std"] = values[name].std(correction=0).item()
-    if len(embeddings) > 1:
+    if len(found) > 1:
         row[f"{view}_diversity"] = diversity(embeddings, prompts)
     if view == "eval" and run.rank == 0:
         titles = prompts[:16:2] if epoch == 0 else None
@@ -112,11 +114,11 @@ def guard(rows, config):
     kilobytes. The weights to save are those of the safe evaluation with the highest trained reward.
     It is measured on the prompts of --eval-prompts where some are given, because the model cannot
     learn those by heart. A run ends after config.patience evaluations in a row that are not safe
-    or, with --eval-prompts, not better than an earlier one. With guard 0, or with nothing to watch
-    and no --eval-prompts: (None, False).
+    or, with --eval-prompts, not better than an earlier one. With guard 0 nothing is watched. With
+    nothing to watch and no --eval-prompts: (None, False).
     """
-    names, unseen = watched(config), set_names(config.eval_prompts)
-    if not config.guard or not (names or unseen):
+    names, unseen = watched(config) if config.guard else [], set_names(config.eval_prompts)
+    if not (names or unseen):
         return None, False
     evaluated = evaluations(rows)
     base, later = evaluated[0], evaluated[1:]
@@ -159,9 +161,9 @@ def summary(run):
                      "a lower --lr or --eval-every 1 would find some")
     lines.append("  on fixed prompts and seeds:")
     for key in (key for key in first if key.startswith("eval_") and not key.endswith("_std")):
-        change = (kept[key] - first[key]) / max(abs(first[key]), 1e-9)
-        name = key.removeprefix("eval_")
-        lines.append(f"    {name:<12} {first[key]:8.3f} -> {kept[key]:.3f}  ({change:+.0%})")
+        name, before, after = key.removeprefix("eval_"), first[key], kept[key]
+        change = f"  ({(after - before) / abs(before):+.0%})" if before else ""
+        lines.append(f"    {name:<12} {before:8.3f} -> {after:.3f}{change}")
     folder = shlex.quote(str(run.folder))
     lines.append(f'next: python sample.py --lora {folder} --prompt "a cat" --prompt "a panda"')
     return "\n".join(lines)

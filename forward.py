@@ -31,9 +31,9 @@ import settings
 from ddpo import is_loss, kl_loss, mixed_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from models import denoiser
+from models import denoiser, predict
 from processes import command_line, gather, reduce, seeded
-from sample import noised, predict
+from sample import noised
 from settings import Settings, above_zero, at_least, check_choices, refuse
 from training import (apply_gradients, collect, describe, progress_bar, reference_output, reward_row,
                       shard, start, time_row, training_inputs, using)

@@ -45,6 +45,16 @@ def default_device():
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def usable_device(device):
+    """torch.device(device). Raises ValueError, one line, for one that cannot be used on this machine."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: cannot be used here ({first_line(error)}); choose cpu, "
+                         "or cuda where there is a GPU") from error
+    return torch.device(device)
+
+
 def locate(model):
     """The folder of a model: as given, or below this file (models/emoji from anywhere); or the hub
     id as it is."""
@@ -75,12 +85,7 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
     Raises ValueError, one line, if something is missing, does not fit together, or is of another
     family.
     """
-    try:
-        device, dtype = torch.device(device or default_device()), dtype or torch.float32
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: cannot be used here ({first_line(error)}); choose cpu, "
-                         "or cuda where there is a GPU") from error
+    device, dtype = usable_device(device or default_device()), dtype or torch.float32
     source = locate(model)
     if not Path(source).exists() and source.startswith((".", os.sep, "~")):
         raise ValueError(f"--model {model}: there is no such folder")
@@ -284,6 +289,6 @@ def load_tuned(pipeline, folder, scale, dtype):
             raise ValueError(f"no {adapter.name} and no {name}/ in it")
         if not all(p.isfinite().all() for p in denoiser(pipeline).parameters()):
             raise ValueError("its weights are not finite")
-    except Exception as error:  # as above
+    except Exception as error:  # loaders raise many kinds, which all mean the same
         raise ValueError(f"--lora {folder}: cannot be loaded ({first_line(error)}); give the folder of "
                          "a run of this model") from error

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DMod
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewards import parse_reward
-from settings import PRESETS, Settings, check_values, parse_config, watched
+from settings import PRESETS, Settings, check_values, flags_given, parse_config, watched
 
 GB = 1e9
 CONTEXT = 0.7 * GB
@@ -55,10 +55,9 @@ NETWORKS = {
     "black-forest-labs/FLUX.1-dev": dict(
         network=FluxTransformer2DModel, guidance_embeds=True, readers=CLIP_L + T5_XXL, tokens=512),
 }
-# Parameters of the networks of the rewards that need some, and the bytes of one (judges.py): CLIP
-# ViT-L/14 and ViT-H/14 in float32; a vision-language model of 7 billion parameters in bfloat16, and
-# DeBERTa-xlarge beside it for align.
-REWARDS = {"aesthetic": 1.7, "pickscore": 3.9, "align": 17.0, "vqa": 14.0, "count": 14.0}  # GB
+# GB of the networks of the rewards that need some (judges.py): CLIP ViT-L/14 and ViT-H/14 in float32;
+# a vision-language model of 7 billion parameters in bfloat16, and DeBERTa-xlarge beside it for align
+REWARDS = {"aesthetic": 1.7, "pickscore": 3.9, "align": 17.0, "vqa": 14.0, "count": 14.0}
 
 
 def storages(*tensors):
@@ -171,7 +170,7 @@ def peak_memory(config, world=1, pipeline=None):
             module.register_forward_hook(
                 lambda _, __, output: largest.extend(storages(output).values()))
         with torch.no_grad():
-            vae.decoder(torch.zeros(min(8, config.sample_batch), *latents_shape))
+            vae.decoder(torch.zeros(min(models.DECODED_AT_ONCE, config.sample_batch), *latents_shape))
     latents = config.images // world * (config.steps + 1) * math.prod(latents_shape) * 4
     prompts = min(config.images, 400) * width * sum(math.prod(shape) for shape in shapes.values())
     moments = 2 if config.optimizer == "adamw8bit" else 8
@@ -203,13 +202,19 @@ def estimate(config, world=1, pipeline=None):
     return f"about {peak / GB:.0f} GB of a GPU's memory on each process ({shown})"
 
 
+def leave(message):
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = [["--preset", name] for name in PRESETS if name != "emoji"]
-    if any(argument.startswith(("--pre", "--mod")) for argument in arguments):  # they may be abbreviated
+    given = flags_given(arguments, Settings, __doc__, beside_resume="none")
+    if given.keys() & {"preset", "model"}:
         chosen = [[]]
-    if any(argument.startswith("--resum") for argument in arguments):
-        sys.exit("--resume: the first line of a run on a GPU is its memory; give a --preset and settings")
+    if "resume" in given:
+        leave("--resume: the first line of a run on a GPU is its memory; give a --preset and settings")
     try:
         for preset in chosen:
             config, _ = parse_config([*preset, *arguments], Settings, PRESETS, __doc__)
@@ -219,7 +224,7 @@ def main(arguments=None):
                 pipeline = load_pipeline(config.model, "cpu", resolution=config.resolution)
             print(f"{config.preset}: {estimate(config, world, pipeline)}", flush=True)
     except ValueError as error:
-        sys.exit(str(error))
+        leave(error)
 
 
 if __name__ == "__main__":

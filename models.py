@@ -32,6 +32,7 @@ from diffusers import (DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTrans
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # of loading; our own bars come later and say more
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DECODED_AT_ONCE = 8  # pictures
 FLUX_SIZE = 128  # of its latents' sides: 1024 pixels; the other networks' configurations say theirs
 
 
@@ -346,22 +347,20 @@ def flux_predict(network, latents, timesteps, encoder_hidden_states, **inputs):
 
 
 @torch.no_grad()
-def decode(pipeline, latents, batch_size=8):
+def decode(pipeline, latents):
     """(B, C, H, W) latents -> (B, 3, height, width) uint8, in slices, because a decoder's
     activations are large.
 
-    A VAE that waits on the CPU is brought to the latents for the time that this takes.
+    A VAE that waits on the CPU is brought to the latents, and stays there.
     Raises FloatingPointError if latents or pixels are not finite: they would be black.
     """
-    vae, home, config = pipeline.vae, pipeline.vae.device, pipeline.vae.config
+    vae, config = pipeline.vae.to(latents.device), pipeline.vae.config
     shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
-    vae.to(latents.device)
     images, finite = [], latents.isfinite().all()
-    for part in latents.split(batch_size):
+    for part in latents.split(DECODED_AT_ONCE):
         pixels = vae.decode((part / scale + shift).to(vae.dtype)).sample
         finite &= pixels.isfinite().all()
         images.append(((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte())
-    vae.to(home)
     if not finite:  # asked once a batch, since the answer waits for the device
         raise FloatingPointError("the pictures are not finite")
     return torch.cat(images)

@@ -46,7 +46,23 @@ def gather(values):
     return [value for part in lists for value in part]
 
 
+def place():
+    """(rank of this process, how many there are), as torchrun has set them. Raises ValueError, one line."""
+    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    try:
+        rank, world = (int(default if given[name] is None else given[name])
+                       for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if 0 <= rank < world:
+            return rank, world
+    except ValueError:
+        pass
+    raise ValueError(" ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+                     + ": must be a rank below the number of processes; torchrun sets both, unset them "
+                     "for one process")
+
+
 def reduce(tensor, operation=dist.ReduceOp.SUM):
+    """The tensor, summed, or as the operation says, over all processes, in place."""
     if dist.is_initialized():
         with peers():
             dist.all_reduce(tensor, operation)
@@ -65,7 +81,7 @@ def peers():
     except OURS:
         raise
     except RuntimeError as error:  # gloo's; NCCL's are subclasses of it
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise PeerLost(f"another process of this run has ended ({reason})") from None
 
 
@@ -137,7 +153,11 @@ def leave(message, code):
 def command_line(arguments, parse_config, prepare, fit):
     """The command line of a loop. Exit codes: 0; 2 for settings that cannot work; 1 for a run that
     cannot go on; 130 for one that was stopped. Each but 0 with one line."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        rank, world = place()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
     def stopped(number):
         if rank or world > 1 and number == signal.SIGTERM:

@@ -165,7 +165,10 @@ def run_all(runs, out, logs, jobs, minutes):
                 if process.poll() is None:
                     continue
                 if process.returncode:
-                    said = output.seek(0) or output.read()[-500:] if output else ""
+                    said = ""
+                    if output:
+                        output.seek(0)
+                        said = output.read()[-500:]
                     code = f"{name} ended with exit code {process.returncode}"
                     raise SystemExit(f"{code}: python {runs[name]} {said}")
                 del running[name]
@@ -237,7 +240,13 @@ def parse(arguments):
         if name not in choices:
             why = "not for another --model" if name in EXPERIMENTS else "unknown"
             parser.error(f"experiment {name}: {why}; choose {', '.join(choices)}")
-    if args.seeds < 1 or args.jobs < 1 or args.minutes < 0:
+    try:
+        given = {word.partition("=")[0] for word in shlex.split(args.flags)}
+    except ValueError as error:
+        parser.error(f"--flags {args.flags}: {error}")
+    if own := sorted(given & {"--seed", "--name", "--out", "--resume"}):
+        parser.error(f"--flags {args.flags}: {', '.join(own)} is given by each run itself")
+    if args.seeds < 1 or args.jobs < 1 or not args.minutes >= 0:
         given = f"--seeds {args.seeds} --jobs {args.jobs} --minutes {args.minutes:g}"
         parser.error(f"{given}: at least 1, 1 and 0")
     args.experiments = args.experiments or choices

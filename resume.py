@@ -40,7 +40,7 @@ def restore(run):
     run.optimizer.load_state_dict(saved.pop("optimizer") | {"param_groups": groups})
     run.scaler.load_state_dict(saved.pop("scaler"))
     saved.pop("prompts")
-    edited = [name for name, digest in saved.pop("files", {}).items() if digest != run.files[name]]
+    edited = [name for name, digest in saved.pop("files").items() if digest != run.files[name]]
     if edited and run.rank == 0:
         print(f"{folder}: the file of reward {', '.join(edited)} was changed: metrics up to epoch "
               f"{run.epoch} are of the old one", file=sys.stderr)
@@ -77,7 +77,7 @@ def check_checkpoint(saved, run):
             if not tensor.isfinite().all():
                 refuse(f"{name}: tensor {i} is not finite")
 
-    keys = {"epoch", "config", "prompts", "parameters", "ema", "optimizer", "scaler"}
+    keys = {"epoch", "config", "prompts", "files", "parameters", "ema", "optimizer", "scaler"}
     if not isinstance(saved, dict) or not keys <= saved.keys():
         refuse("of another version of this code: it lacks "
                + ", ".join(sorted(keys - saved.keys() if isinstance(saved, dict) else keys)))

@@ -254,7 +254,7 @@ def parse_reward(spec):
     """
     weights = {}
     for component in map(str.strip, spec.split(",")):
-        name, weight = re.fullmatch(r"(.+?\.py:\w+|[^:]*)(?::(.*))?", component).groups(default="1")
+        name, weight = re.fullmatch(r"(.+?\.py:\w+|[^:]*)(?::(.*))?", component, re.DOTALL).groups("1")
         if ".py:" not in name:
             base, _, models = name.partition("=")
             if base not in REWARDS:

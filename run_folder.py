@@ -27,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 
-from models import network_name
+from models import first_line, network_name
 from prompts import set_names
 
 LOCKS = {}  # folder of a run that this process writes -> its open lock file
@@ -65,7 +65,7 @@ def write_whole(path, content):
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({one_line(error)})") from error
+        raise OSError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
 def append(path, line):
@@ -76,11 +76,7 @@ def append(path, line):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({one_line(error)})") from error
-
-
-def one_line(error):
-    return " ".join(str(error).split())
+        raise OSError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -94,15 +90,16 @@ def reserved(folder):
     if folder in LOCKS:  # this process's own: a run that failed, or one that goes on
         yield
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made, tries = [path for path in (folder, *folder.parents) if not path.exists()], 0
     while folder not in LOCKS:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / "lock", "a+")
-        except FileNotFoundError:  # another process has just removed what it had made
-            continue
         except OSError as error:
-            raise ValueError(f"{folder}: cannot be written ({one_line(error)}); choose another "
+            tries += 1
+            if isinstance(error, FileNotFoundError) and tries < 1000:
+                continue  # another process has just removed what it had made
+            raise ValueError(f"{folder}: cannot be written ({first_line(error)}); choose another "
                              "--out") from None
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,7 +109,7 @@ def reserved(folder):
             raise ValueError(f"{folder}: {owner} is writing this run; wait for it, or choose "
                              "another --name") from None
         except OSError as error:  # some network file systems have no locks
-            print(f"{folder}: cannot be locked ({one_line(error)}); see to it that one process "
+            print(f"{folder}: cannot be locked ({first_line(error)}); see to it that one process "
                   "writes it", file=sys.stderr)
         with contextlib.suppress(FileNotFoundError):
             # a process that removed its lock after we opened it has left us a file without a name
@@ -129,6 +126,21 @@ def reserved(folder):
             with contextlib.suppress(OSError):  # not empty: there is more in it than a lock
                 path.rmdir()
         raise
+
+
+def refuse_existing(folder):
+    """Raises ValueError if there is anything in the folder that a new run could write over, or if it lies in
+    a run's own, which that run would delete."""
+    found = {path.name for path in folder.iterdir() if any(path.iterdir() if path.is_dir() else [True])}
+    if found & {"config.json", "metrics.jsonl", "checkpoint"}:
+        raise ValueError(f"{folder}: exists already; go on with --resume {shlex.quote(str(folder))}, or "
+                         "choose another --name")
+    if others := sorted(found - {"lock", "config.json.tmp"}):
+        raise ValueError(f"{folder}: has {', '.join(others[:3])} in it, which are no run's; choose another "
+                         "--name")
+    for parent in folder.resolve().parents:
+        if (parent / "config.json").exists() and (parent / "metrics.jsonl").exists():
+            raise ValueError(f"{folder}: lies in the folder of another run; choose another --out or --name")
 
 
 def release(folder):
@@ -197,13 +209,13 @@ def load_checkpoint(folder):
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be read ({one_line(error)}); make it readable") from None
+        raise ValueError(f"{folder}: cannot be read ({first_line(error)}); make it readable") from None
     paths = [folder / name for name in names if name.startswith("epoch_") and name.endswith(".pt")]
     for path in paths:
         try:
             file = open(path, "rb")
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({one_line(error)}); make it readable, or move "
+            raise ValueError(f"{path}: cannot be read ({first_line(error)}); make it readable, or move "
                              "it away to go on from the one before") from None
         with file:
             try:
@@ -232,9 +244,9 @@ def read_config(folder):
             content = path.read_bytes()
             settings = json.loads(content) if content.strip(EMPTY) else None
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({one_line(error)}); make it readable") from None
+            raise ValueError(f"{path}: cannot be read ({first_line(error)}); make it readable") from None
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({one_line(error)}); mend it, or delete it, since "
+            raise ValueError(f"{path}: not JSON ({first_line(error)}); mend it, or delete it, since "
                              "the checkpoint has the settings, too") from None
         if content.strip(EMPTY):
             if not isinstance(settings, dict):

@@ -8,7 +8,7 @@ Sample pictures, weigh each by its reward, and train on them as on any data set,
 denoising loss. Then sample anew from the better model.
 
     RWR          w = exp(β r) / Z(c)                        Z: so that the mean weight is 1
-    RWR-sparse   w = 1 / top where r is in the top 10 %, else 0
+    RWR-sparse   w = 1 / share where r is in the top 10 % (at least one picture a prompt), else 0
     loss         E[ w(x_0, c) ‖ε − ε̂_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t, c)‖² ],   t uniform, ε normal
 
 To maximise E[w log p(x_0 | c)] would be right, but a diffusion model does not know log p(x_0 | c). The
@@ -32,9 +32,9 @@ import settings
 from ddpo import batch_advantages
 from evaluate import begin, end_epoch, finish
 from kernels.ddim_step import guided
-from models import denoiser
+from models import denoiser, predict
 from processes import command_line, gather, reduce, seeded
-from sample import noised, predict
+from sample import noised
 from settings import Settings, above_zero, at_least, check_choices, emoji_sized, refuse
 from training import (apply_gradients, collect, describe, progress_bar, reward_row, shard, start,
                       time_row, training_inputs)
@@ -48,7 +48,8 @@ class Config(Settings):
     # RWR
     weights: str = "exp"  # exp (RWR), sparse (RWR-sparse)
     beta: float = 2.0  # in exp(β r): 1/temperature, with r in standard deviations, see weigh
-    top: float = 0.1  # share of the pictures that RWR-sparse trains on
+    top: float = 0.1  # share that RWR-sparse trains on, of each prompt's pictures at least one: a
+        # quarter with groups of 4
     per_prompt: bool = True  # weigh a picture among those of its prompt, not among all of the epoch
     inner_epochs: int = 5  # passes over the pictures, with new t and ε each time: as many network
         # rows as ddpo.py's 5 steps of each picture

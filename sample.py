@@ -362,7 +362,7 @@ def run_settings(lora):
 def drawing_settings(args):
     """What is drawn how, a dict: the flags, then the settings of the run that --lora names, then defaults.
     Raises ValueError, one line."""
-    for setting, value in (("images", args.images), ("batch", args.batch)):
+    for setting, value in (("images", args.images), ("batch", args.batch), ("steps", args.steps)):
         if value is not None and value < 1:
             raise ValueError(f"--{setting} {value}: must be at least 1")
     if not 0 <= args.seed < 2**63:
@@ -370,8 +370,8 @@ def drawing_settings(args):
     suffix = Path(args.out).suffix.lower()
     if not Path(args.out).parent.is_dir() or suffix not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
-    if args.guidance_scale is not None and not 0 <= args.guidance_scale < math.inf:
-        raise ValueError(f"--guidance-scale {args.guidance_scale}: must be a number of at least 0")
+    if args.guidance_scale is not None and not 1 <= args.guidance_scale < math.inf:
+        raise ValueError(f"--guidance-scale {args.guidance_scale}: must be at least 1, which is none")
     if args.lora_scale and not args.lora:
         raise ValueError(f"--lora-scale {' '.join(map(str, args.lora_scale))}: needs --lora, the run whose "
                          "strength it is")

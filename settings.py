@@ -17,10 +17,11 @@ import torch
 
 import kernels
 from kernels.ddim_step import fused_ddim_step
-from loading import default_device, is_emoji
-from models import DTYPES, default_dtype
+from loading import default_device, is_emoji, usable_device
+from models import DTYPES, default_dtype, first_line
+from processes import place
 from rewards import parse_reward
-from run_folder import one_line, read_config
+from run_folder import read_config
 from sample import ETAS, MAX_ETAS, WINDOW, WINDOW_SHIFT
 
 
@@ -33,7 +34,8 @@ class Settings:
     watch: str = "clip"  # watched metrics: rewards that are logged and not trained on ("" for none)
     prompts: str = "animals"  # a set of prompts.py, or a file: .txt with a prompt a line, or .jsonl
     model: str = "models/emoji"  # a folder in diffusers' layout, or a hub id
-    preset: str = ""  # settings that go together, see PRESETS; flags that are given win
+    preset: str = ""  # settings that go together, see PRESETS; flags that are given win (default: emoji
+        # for the shipped models, whose defaults are shown here, sd15 for all others)
     name: str = ""  # of the run's folder (default: the reward)
     out: str = "runs"  # the folder of the run's folder
     seed: int = 0  # everything random follows from it
@@ -157,8 +159,11 @@ def check_values(config):
             refuse(config, "reward", f"the weight of {name} must be at most 1e6")
     at_least(config, 1, "epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs",
              "train_batch", "patience", "eval_every", "eval_images", "checkpoint_every")
-    at_least(config, 0, "updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard",
-             "guidance_scale", "resolution")
+    at_least(config, 0, "updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard", "resolution")
+    if config.guidance_scale < 1:
+        refuse(config, "guidance_scale", "must be at least 1, which is none")
+    if config.resolution > 8192:
+        refuse(config, "resolution", "must be at most 8192")
     above_zero(config, "grad_clip")
     if config.seed >= 2**63:
         refuse(config, "seed", "must be below 2**63")
@@ -188,7 +193,7 @@ def check(config):
     config.lr = config.lr or (lora_lr if config.lora_rank else whole_lr)
     config.name = config.name or re.sub(r"[^\w.-]+", "_", config.reward).lstrip("._")
     check_folder(config)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, world = place()
     if config.eval_images < world:
         refuse(config, "eval_images", f"must be at least {world}, one for each process")
     unit = math.lcm(config.group_size, config.sample_batch, config.updates) * world
@@ -227,8 +232,8 @@ def set_sampler(config, flow=False):
     config.sampler = config.sampler or ("flow" if flow else "ddim")
     if config.eta == -1:
         config.eta = ETAS[config.sampler]
-    if not 0 <= config.eta <= MAX_ETAS[config.sampler]:
-        refuse(config, "eta", f"must be at least 0 and at most {MAX_ETAS[config.sampler]:g} with "
+    if config.eta and not 1e-3 <= config.eta <= MAX_ETAS[config.sampler]:
+        refuse(config, "eta", f"must be 0, or at least 0.001 and at most {MAX_ETAS[config.sampler]:g} with "
                f"--sampler {config.sampler}")
 
 
@@ -271,14 +276,10 @@ def check_choices(config, **choices):
 def check_machine(config):
     """Whether this machine can do what the settings ask for. Sets the device of this process."""
     config.device = config.device or str(default_device())
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, world = place()
     if config.device == "cuda" or config.device.startswith("cuda:") and world > 1:
         config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a GPU for each of torchrun's processes
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        refuse(config, "device", f"cannot be used here ({str(error).splitlines()[0]}); choose cpu, or "
-               "cuda where there is a GPU")
+    usable_device(config.device)
     on_gpu = config.device.startswith("cuda")
     if config.dtype == "fp16" and not on_gpu:
         refuse(config, "dtype", "needs a CUDA device; choose bf16 or fp32")
@@ -302,7 +303,7 @@ def try_kernels(config):
     try:
         fused_ddim_step(number, number, torch.ones(4, device=config.device), noise=number)
     except Exception as error:
-        refuse(config, "kernels", f"Triton cannot run here ({one_line(error):.200}); "
+        refuse(config, "kernels", f"Triton cannot run here ({first_line(error)}); "
                "install gcc and Python's headers, or choose torch")
 
 
@@ -374,10 +375,11 @@ def parse_config(arguments, config_class, presets, doc):
 
 def resumed_config(run, given, config_class):
     """The settings of the run in this folder, with the few flags that may be given beside --resume."""
-    if set(given) - {"epochs", "patience", "device"}:
-        raise ValueError(f"--resume {run}: its settings are those of its config.json; only --epochs, "
-                         "--patience and --device may be given beside it")
     settings, defaults = read_config(run), {field.name: field.default for field in fields(config_class)}
+    beside = [name for name in ("epochs", "patience", "device") if name in defaults]
+    if set(given) - set(beside):
+        raise ValueError(f"--resume {run}: its settings are those of its config.json; beside it may only "
+                         f"be given --{', --'.join(beside)}")
     if settings.keys() != defaults.keys():
         differ = ", ".join(sorted(settings.keys() ^ defaults.keys())[:4])
         raise ValueError(f"--resume {run}: its config.json is not that of a run of "

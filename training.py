@@ -35,11 +35,11 @@ from loading import load_pipeline
 from memory import estimate
 from models import (DTYPES, blocks, condition, decode, denoiser, encode_prompts, is_flow, latents_shape,
                     main_tokenizer, make_trainable, passes, predict, schedule_inputs, text_encoders)
-from processes import RunStopped, gather, seeded, sum_gradients
+from processes import RunStopped, gather, place, seeded, sum_gradients
 from prompts import cut_notice, digest, load_prompts, sample_prompts, set_names
 from rewards import RewardError, get_reward, parse_reward
-from run_folder import (append, open_tracker, picture_grid, plot_rewards, release, reserved, row_line,
-                        save_checkpoint, save_picture, save_weights, sync, write_whole)
+from run_folder import (append, open_tracker, picture_grid, plot_rewards, refuse_existing, release, reserved,
+                        row_line, save_checkpoint, save_picture, save_weights, sync, write_whole)
 from resume import restore
 from sample import (GraphedStep, Trajectories, ddim_table, sample_trajectories, step_etas,
                     window_places)
@@ -73,8 +73,8 @@ class Run:
     epoch: int = 0  # done
     updates: int = 0  # done
     rows: list = field(default_factory=list)  # of metrics.jsonl, up to this epoch
-    eager: int = 0  # places of a compiled network that run in eager mode
     later_rows: list = field(default_factory=list)  # those after it, which will be computed again
+    eager: int = 0  # places of a compiled network that run in eager mode
     cache: dict = field(default_factory=dict)  # prompt -> embedding
     step: object = None  # what takes a sampling step, see sample_trajectories
     scorer: object = None  # a thread that computes rewards, or None
@@ -97,13 +97,11 @@ def start(config, resume=False, reference=False):
     Raises ValueError, one line, before anything is written, if the run cannot work.
     """
     folder = Path(config.out) / config.name
-    if int(os.environ.get("RANK", 0)):
+    if place()[0]:
         return set_up(config, folder, resume, reference)
     with reserved(folder):
-        names = ("config.json", "metrics.jsonl", "checkpoint")
-        if not resume and any((folder / name).exists() for name in names):
-            raise ValueError(f"{folder}: exists already; go on with --resume "
-                             f"{shlex.quote(str(folder))}, or choose another --name")
+        if not resume:
+            refuse_existing(folder)
         return set_up(config, folder, resume, reference)
 
 
@@ -120,7 +118,7 @@ def close(run):
 
 def set_up(config, folder, resume, reference):
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Matrix products of a network in float32. It holds for the rewards, too, whose differences are
@@ -148,7 +146,7 @@ def set_up(config, folder, resume, reference):
     set_sampler(config, is_flow(pipeline.scheduler))
     timesteps = check_steps(config, pipeline)
     cache = {}
-    if config.offload:  # the VAE comes back for each batch
+    if config.offload:  # the VAE comes back while pictures are sampled
         read_prompts(pipeline, [*prompts, *others, ""], cache, rank)
         for module in (*text_encoders(pipeline), pipeline.vae):
             module.to("cpu")
@@ -221,11 +219,10 @@ def check_steps(config, pipeline):
 def compile_blocks(network):
     """--compile. Block by block: compiled as a whole (torch 2.13, CPU), all gradients below the first
     upsampling are wrong, without a word. In place, so that weights keep their names."""
-    from torch._dynamo import config as dynamo  # slow to import, so only here
-
     # torch counts the compilations of a function, which all blocks of a kind share, and runs the blocks
     # past its limit in eager mode
-    dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1024, 65536
+    limits = torch.compiler.config
+    limits.recompile_limit, limits.accumulated_recompile_limit = 1024, 65536
     # a GPU has it so already; on a CPU it only pays when operations are fused
     network.to(memory_format=torch.channels_last)
     # Without gradients torch makes another graph, which rounds differently in bf16, and the ratio would
@@ -273,7 +270,7 @@ def remedy(run):
             f"{config.guidance_scale:g}, or smaller weights in --reward")
 
 
-def rollout(run, prompts, keys, bar=None, eta=None, epoch=1):
+def rollout(run, prompts, keys, bar, eta=None, epoch=1):
     """Trajectories of a batch, a picture a prompt, each with the random numbers of its key.
 
     A moving window is where it is in that epoch. Evaluations keep to the first place, so that they do
@@ -285,7 +282,7 @@ def rollout(run, prompts, keys, bar=None, eta=None, epoch=1):
         eta = step_etas(config.steps, config.eta, config.window, config.window_shift, epoch)
     try:
         return sample_trajectories(run.pipeline, prompts, config.steps, config.guidance_scale, eta,
-                                   generators, run.dtype, bar and bar.update, run.cache, run.step,
+                                   generators, run.dtype, bar.update, run.cache, run.step,
                                    config.sampler)
     except FloatingPointError as error:
         raise RunStopped(f"{run.folder}: {error}; {remedy(run)}") from None
@@ -314,6 +311,7 @@ def collect(run, epoch):
 
     The trajectories are without their images, which nobody needs once they are scored.
     seconds: of sampling, and of waiting for rewards that sampling did not hide.
+    Raises RunStopped, as rollout and score do.
     """
     config, clock = run.config, time.perf_counter()
     if run.device.type == "cuda":
@@ -342,6 +340,8 @@ def collect(run, epoch):
                 for future in futures:
                     if future.done():
                         future.result()  # raises what the reward has raised
+            if config.offload:  # decoding has brought it to the device
+                run.pipeline.vae.to("cpu")
             if run.device.type == "cuda":
                 torch.cuda.synchronize()  # for the clock's sake
             seconds_sample = time.perf_counter() - clock
@@ -364,8 +364,10 @@ def reward_row(run, scores):
     row = {"reward_mean": float(trained.mean()), "reward_std": float(trained.std())}
     alone = [*run.components]
     row |= {f"reward_{name}": float(np.mean(scores[name])) for name in run.rewards if alone != [name]}
-    for name, reward in run.rewards.items():
-        row |= {f"{name}_{what}": sum(gather([count])) for what, count in reward.log_counts.items()}
+    counts = [{f"{name}_{what}": count for what, count in reward.log_counts.items()}
+              for name, reward in run.rewards.items()]
+    for counted in gather(counts):  # not every process has seen every event
+        row |= {key: row.get(key, 0) + count for key, count in counted.items()}
     return row
 
 
@@ -389,7 +391,7 @@ def training_inputs(run, prompts):
 def reference_output(run, *inputs):
     """The base model's output, without gradients: the adapter is off, or a copy of the network runs.
 
-    inputs: those of sample.predict, from the latents to the negative_embeds."""
+    inputs: those of models.predict, from the latents to the negative_embeds."""
     with torch.no_grad():
         if run.reference is not None:
             return predict(run.reference, *inputs, run.dtype)
@@ -421,16 +423,17 @@ def describe(run, updates, pairs, kind, teachers=0):
 
 
 def unguarded(config):
-    """A line, where --watch names only what is trained on, so that --guard has nothing to go by."""
-    if not (config.guard and config.watch) or watched(config) or config.eval_prompts:
-        return ""
-    return (f"\n  nothing is watched, since {config.watch} is trained on: --guard has no effect; --watch "
-            "another metric, or give --eval-prompts")
+    """A line, where nothing is watched, so that --guard has nothing to go by."""
+    if config.guard and not (watched(config) or config.eval_prompts):
+        why = f", since {config.watch} is trained on" if config.watch else ""
+        return (f"\n  nothing is watched{why}: --guard and --patience have no effect; --watch another "
+                "metric, or give --eval-prompts")
+    return ""
 
 
 def apply_gradients(run):
     """One update from the gradients that have piled up, on all processes. Returns their norm before
-    clipping."""
+    clipping. Raises RunStopped if it is not finite."""
     sum_gradients(run.parameters)
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.grad_clip).item()
@@ -450,7 +453,7 @@ def apply_gradients(run):
 
 @contextlib.contextmanager
 def using(parameters, values):
-    """Inside, the parameters have these values."""
+    """Inside, the parameters have these values, and no gradients are recorded."""
     present = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for p, value in zip(parameters, values):

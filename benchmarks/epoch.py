@@ -4,7 +4,7 @@
                                             (four minutes on two cores)
     python benchmarks/epoch.py --sd15       a model of Stable Diffusion 1.5's size with random
                                             weights, on a GPU (eight minutes)
-    python benchmarks/epoch.py --variant bf16 --variant "bf16, torch.compile" --set images=16
+    python benchmarks/epoch.py --variant bf16 --variant "bf16, torch.compile" --out /tmp/two.json
     python benchmarks/epoch.py --table      prints the recorded tables again
 
 Each variant is a process of its own that trains as `python ddpo.py` would. It does one epoch when
@@ -38,7 +38,7 @@ CPU_VARIANTS = {
     "fp32, scaled_dot_product_attention": dict(dtype="fp32", attention="sdpa"),
     "bf16, scaled_dot_product_attention": dict(dtype="bf16", attention="sdpa"),
     "fp32, plain matrix products": dict(dtype="fp32", attention="plain"),
-    # what sample.load_pipeline chooses on a CPU
+    # what loading.load_pipeline chooses on a CPU
     "bf16, plain matrix products": dict(dtype="bf16", attention="plain"),
 }
 GPU_VARIANTS = {
@@ -217,6 +217,20 @@ def versions(*packages):
     return {package: version(package) for package in packages}
 
 
+def check_out(parser, path, partial=False):
+    """Ends the program if the record could not be written, before anything is measured. partial: it is
+    one of fewer variants, and would replace the full one."""
+    try:
+        records = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    except ValueError:
+        records = None
+    if not isinstance(records, dict) or not Path(path).parent.is_dir():
+        parser.exit(2, f"--out {path}: must be a file of records, or a new one in a folder that exists\n")
+    if partial and str(path) == str(parser.get_default("out")):
+        parser.exit(2, f"--out {path}: has the record of all variants, which this one would replace; "
+                       "give another --out\n")
+
+
 def record_as(path, name, record):
     """Put the record under its name into a file that holds others, too."""
     records = json.loads(Path(path).read_text()) if Path(path).exists() else {}
@@ -300,9 +314,12 @@ def main(arguments=None):
                         help="where the record is put (default: benchmarks/epoch.json)")
     parser.add_argument("--table", action="store_true", help="only print what --out holds")
     args = parser.parse_args(arguments)
+    check_out(parser, args.out, partial=not args.table and bool(args.variant or args.set))
     if args.table:
         print_tables(args.out, table)
         return
+    if args.sd15 and args.model:
+        parser.exit(2, f"--model {args.model}: not with --sd15, which is a model of its own\n")
 
     import torch
 

@@ -25,8 +25,9 @@ side counts the rows that went through its UNet, with gradients and without; if 
 there is no comparison. Precision is each side's default, or with --dtype the same. Everything else
 is each side's default.
 
-What remains different, on purpose: it is what is compared. - ddpo.py draws its pairs from all steps
-of all pictures of an update. TRL takes train_batch pictures
+What remains different, on purpose, since it is what is compared:
+
+- ddpo.py draws its pairs from all steps of all pictures of an update. TRL takes train_batch pictures
   and goes through their steps. So it cannot have more pairs at once than an update has pictures (16
   with the emoji model, which is what it has here). ddpo.py can: --train-batch.
 - ddpo.py keeps latents, log-probabilities and its VAE in float32. With bf16 or fp16 TRL has all
@@ -55,8 +56,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
-from benchmarks.epoch import PHASES, command_line, count_rows, launch, machine, model_folder, ratios
-from benchmarks.epoch import markdown, print_tables, record_as, setting, take_turns, times_faster, versions
+from benchmarks.epoch import PHASES, check_out, command_line, count_rows, launch, machine, markdown
+from benchmarks.epoch import model_folder, ratios
+from benchmarks.epoch import print_tables, record_as, setting, take_turns, times_faster, versions
 from benchmarks.epoch import __file__ as OUR_WORKER
 
 EMOJI = dict(
@@ -221,8 +223,8 @@ def main(arguments=None):
                         help="a model of SD 1.5's size with random weights, in runs/sd15-random")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each side that count")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "own"), default="own",
-                        help="of both sides; own: what each takes by default, which is bf16 here, "
-                        "where the device has it, and in TRL fp16, or fp32 on a CPU (default own)")
+                        help="of both sides; own: what each takes by default, here fp16 on a GPU and bf16 "
+                        "on a CPU that has it, in TRL fp16, or fp32 on a CPU (default own)")
     parser.add_argument("--train-batch", type=int,
                         help="ours: pairs at once (default: as many as TRL)")
     parser.add_argument("--compile", action="store_true",
@@ -234,6 +236,7 @@ def main(arguments=None):
                         help="where the record is put (default: benchmarks/peer_trl.json)")
     parser.add_argument("--table", action="store_true", help="only print what --out holds")
     args = parser.parse_args(arguments)
+    check_out(parser, args.out)
     if args.table:
         print_tables(args.out, table)
         return

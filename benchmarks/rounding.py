@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
-from benchmarks.epoch import command_line, machine, markdown, print_tables, record_as
+from benchmarks.epoch import check_out, command_line, machine, markdown, print_tables, record_as
 from sample import DTYPES, ddim_step, ddim_table, encode_prompts, latents_shape
 from sample import load_pipeline, predict
 
@@ -81,6 +81,7 @@ def main(arguments=None):
                         help="where the record is put (default: benchmarks/rounding.json)")
     parser.add_argument("--table", action="store_true", help="only print what --out holds")
     args = parser.parse_args(arguments)
+    check_out(parser, args.out, partial=not args.table and bool(args.dtype))
     if args.table:
         print_tables(args.out, table)
         return

@@ -6,6 +6,7 @@ Every layer has the size and type that it has in SD 1.5, so it costs the same ti
 pictures are grey. Prompts are cut into the emoji model's tokens, padded to SD's 77.
 """
 
+import argparse
 import json
 import shutil
 import sys
@@ -71,4 +72,9 @@ def build(folder, unet=UNET, vae=VAE, text=TEXT):
 
 
 if __name__ == "__main__":
-    print(build(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs/sd15-random"))
+    sys.path[0] = str(ROOT)  # not this folder, whose kernels.py is another
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", default=ROOT / "runs/sd15-random")
+    print(build(parser.parse_args().folder))

@@ -12,6 +12,7 @@
 Their scenes have seeds of their own, so nothing is in them that a model or its CLIP has seen.
 """
 
+import argparse
 import functools
 import re
 import string
@@ -205,6 +206,12 @@ def honest_count(images, prompts):
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or CLASSES:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CLASSES)} (default: all)")
+    names = parser.parse_args().names or [*CLASSES]
+    if unknown := set(names) - set(CLASSES):
+        parser.error(f"{', '.join(unknown)}: no classifier; choose {', '.join(CLASSES)}")
+    for name in names:
         if not (FOLDER / f"{name}.safetensors").exists():
             print(f"{name}: {train(name):.3f} right on fresh scenes")

@@ -43,6 +43,7 @@ from emoji.clip import build_tokenizer, fake, train_clip
 from emoji.diffusion import build_scheduler, export, train_unet, train_vae
 from emoji.trainer import draw, of_animals, rounded_mean, to_bytes, to_pixels
 from emoji.variants import export_variant, flow_scheduler, report_flow, train_cards, train_flow
+from processes import RunStopped
 from rewards import clip_top1, jpeg_kilobytes
 from run_folder import picture_grid
 from settings import flags_given, refuse
@@ -194,8 +195,8 @@ def parse_config(arguments=None):
         sys.exit(2)
 
 
-if __name__ == "__main__":
-    config = parse_config()
+def remake(config):
+    """All stages that are not done yet, and the exported models."""
     Path(config.work).mkdir(parents=True, exist_ok=True)
     if not config.only:
         tokenizer = build_tokenizer(config)
@@ -211,3 +212,12 @@ if __name__ == "__main__":
     else:
         export_variant(config, config.flow_out, train_flow(config), flow_scheduler())
         print(json.dumps(report_flow(config), indent=1))
+
+
+if __name__ == "__main__":
+    config = parse_config()
+    try:
+        remake(config)
+    except (RunStopped, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

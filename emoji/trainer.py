@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import models
 from emoji import scenes
+from processes import RunStopped
 from run_folder import write_whole
 from sample import sample_trajectories
 
@@ -74,13 +75,31 @@ def of_animals(values, images_per_noun):
     return values.view(images_per_noun, -1)[:, :animals]
 
 
-def finished(name, config, model):
-    """Load the stage's averaged weights into the model, if the stage has run to its end."""
+def settings_of(name, config):
+    """What a stage's weights follow from, beside the number of its updates."""
+    shared = ("seed", "ema", "start", "caption_dropout")
+    return {key: value for key, value in vars(config).items() if key in shared
+            or key.startswith(f"{name}_") and not key.endswith(("_steps", "_out"))}
+
+
+def load_stage(name, config):
+    """The stage's checkpoint in --work, or None. Raises RunStopped, one line, for one of other settings."""
     path = Path(config.work) / f"{name}.pt"
     if not path.exists():
-        return False
+        return None
     saved = torch.load(path, map_location=device(), weights_only=True)
-    if saved["step"] < getattr(config, f"{name}_steps"):
+    for key, value in settings_of(name, config).items():
+        before = saved.get("settings", {}).get(key, value)
+        if before != value:
+            raise RunStopped(f"--{key.replace('_', '-')} {value}: {path} was made with {before}; give that, "
+                             "or another --work")
+    return saved
+
+
+def finished(name, config, model):
+    """Load the stage's averaged weights into the model, if the stage has run to its end."""
+    saved = load_stage(name, config)
+    if saved is None or saved["step"] < getattr(config, f"{name}_steps"):
         return False
     model.to(device()).load_state_dict(saved["ema"])
     model.eval().requires_grad_(False)
@@ -97,8 +116,7 @@ def train(name, config, model, loss_fn, evaluate=None):
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema = {key: value.clone() for key, value in model.state_dict().items()}
     start = 0
-    if path.exists():
-        saved = torch.load(path, map_location=device(), weights_only=True)
+    if saved := load_stage(name, config):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         ema, start = saved["ema"], saved["step"]
@@ -127,7 +145,7 @@ def train(name, config, model, loss_fn, evaluate=None):
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             weights = model.state_dict()
             state = {"model": weights, "ema": ema, "step": step + 1}
-            state["optimizer"] = optimizer.state_dict()
+            state |= {"optimizer": optimizer.state_dict(), "settings": settings_of(name, config)}
             write_whole(path, lambda file: torch.save(state, file))
             if evaluate:
                 trained = {key: value.clone() for key, value in weights.items()}

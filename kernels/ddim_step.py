@@ -296,6 +296,6 @@ def fused_ddim_step(
             SCORE=score, SEED_ON_DEVICE=seed_on_device, **sizes, **launch_options(block),
         )
         if split:
-            options = launch_options(256)
-            _finish_kernel[(batch,)](block_sums, coefficients, log_prob, **sizes, **options)
+            _finish_kernel[(batch,)](block_sums, coefficients, log_prob, **sizes,
+                                     num_warps=1, enable_fp_fusion=False)
     return next_latents, log_prob

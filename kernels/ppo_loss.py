@@ -51,9 +51,9 @@ in every dtype. A NaN anywhere in a sample's inputs makes its loss and its gradi
 
 import torch
 
-from kernels import ddim_step, triton, use_triton
-from kernels.ddim_step import BLOCKS_PER_PROGRAM, columns, division, guided, launch_options
-from kernels.ddim_step import check, check_step
+from kernels import triton, use_triton
+from kernels.ddim_step import (BLOCKS_PER_PROGRAM, check, check_step, columns, division,
+                               gaussian_log_prob, guided, launch_options)
 
 
 @torch.no_grad()
@@ -62,9 +62,9 @@ def reference(
     guidance_scale=None, scale=1.0,
 ):
     """fused_ppo_loss in plain torch, on any device, its gradient written out as above."""
-    _, log_prob = ddim_step.reference(
-        noise_pred, latents, coefficients, guidance_scale, next_latents=next_latents
-    )
+    c_x, c_o, sigma, log_sigma = columns(coefficients, latents)
+    mean = c_x * latents + c_o * guided(noise_pred, guidance_scale)
+    log_prob = gaussian_log_prob(next_latents, mean, sigma, log_sigma)
     ratio = torch.exp(log_prob - old_log_prob)
     if clip_range is None:
         loss, slope = -advantages * log_prob, -advantages
@@ -76,8 +76,6 @@ def reference(
         slope = torch.where(loss > unclipped, 0, unclipped)  # in this order a NaN is kept
         clipped = (ratio < low) | (ratio > high)
 
-    c_x, c_o, sigma, _ = columns(coefficients, latents)
-    mean = c_x * latents + c_o * guided(noise_pred, guidance_scale)
     residual = (next_latents - mean) / sigma
     slope = (scale * slope).view(-1, *[1] * (latents.dim() - 1))
     grad = slope * c_o / (sigma * latents[0].numel()) * residual

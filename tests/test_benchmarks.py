@@ -14,8 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import ddpo
+import reproduce_figures
 import sample
 from benchmarks import epoch, peer_trl, rounding, sd15, time_to_target, time_to_target_tables
 from sample import guided_step, load_pipeline, sample_trajectories
@@ -57,6 +60,32 @@ def test_variants_of_an_epoch_do_the_same_work_and_are_compared_with_the_first(t
     assert "benchmarks/epoch.py --rounds 1" in record["command"]
     epoch.main(["--table", "--out", str(out)])
     assert printed.strip() in capsys.readouterr().out
+
+
+def test_a_record_that_could_not_be_written_or_would_replace_a_fuller_one_is_refused(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for arguments, says in (
+            (["--out", str(tmp_path / "notes.txt")], "a file of records"),
+            (["--out", str(tmp_path / "none/x.json")], "in a folder that exists"),
+            (["--dtype", "fp32"], "would replace")):
+        with pytest.raises(SystemExit) as stop:
+            rounding.main(arguments)
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    for arguments, says in (
+            (["--sd15", "--model", "x", "--out", str(tmp_path / "x.json")], "not with --sd15"),
+            (["--set", "images=4"], "would replace")):
+        with pytest.raises(SystemExit) as stop:
+            epoch.main(arguments)
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_the_random_model_is_made_by_its_own_command(tmp_path):
+    """Beside it lies kernels.py, which is not the package kernels."""
+    (tmp_path / "model_index.json").write_text("{}")  # as if it were made already
+    command = [sys.executable, "benchmarks/sd15.py", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path), done.stderr
 
 
 def test_rounding_moves_the_ratio_more_the_fewer_digits_a_precision_has(tmp_path, monkeypatch, capsys):
@@ -576,3 +605,40 @@ def test_of_two_finalists_the_one_with_the_better_median_counts_not_the_one_with
     part = side_where_the_faster_fails("ours", (1, 2), tmp_path, monkeypatch)
     assert part["best"]["lr"] == 1
     assert [trial["reached"] for trial in part["other_finalists"][0]] == [True, False, False]
+
+
+def test_of_the_steps_outside_the_clip_range_those_below_it_are_told_apart(
+        tmp_path, monkeypatch, capsys):
+    away = torch.tensor([-2e-4, -3e-4, 5e-4, 0.0], dtype=torch.float64)
+    monkeypatch.setattr(rounding, "ratios", lambda *_: away)
+    rounding.main(["--dtype", "fp16", "--out", str(tmp_path / "rounding.json")])
+    record, = json.loads((tmp_path / "rounding.json").read_text()).values()
+    found = record["fp16"]
+    assert (found["outside"], found["below"], found["max"]) == (0.75, 0.5, 5e-4)
+    assert "| fp16 | 75% | 50% | 2.0e-04 | 5.0e-04 |" in capsys.readouterr().out
+
+
+def test_the_random_model_has_as_many_weights_as_stable_diffusion():
+    with torch.device("meta"):
+        networks = (UNet2DConditionModel(**sd15.UNET), AutoencoderKL(**sd15.VAE),
+                    CLIPTextModel(CLIPTextConfig(**sd15.TEXT)))
+    sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
+    assert sizes == [859_520_964, 83_653_863, 123_060_480]
+
+
+def test_the_curves_are_in_units_of_the_base_model(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(reproduce_figures, "save_figure", lambda figure, _: figures.append(figure))
+    record = small_record([200.0], [25.0])  # both end at 1.9 kB; 2 is 0.8 of the base model's
+    time_to_target_tables.draw(record, tmp_path / "curves.png")
+    lines = {line.get_label(): line.get_data() for line in figures[0].axes[0].get_lines()}
+    for side, seconds in (("TRL", 200.0), ("ours", 25.0)):
+        assert [list(axis) for axis in lines[side]] == [[seconds], [pytest.approx(1.9 / 2.5)]]
+    assert list(lines["target"][1]) == [0.8, 0.8]
+
+
+def test_a_variants_memory_is_the_most_of_its_rounds_and_its_speed_the_median():
+    rows = [dict(seconds=seconds, seconds_sample=1.0, seconds_update=1.0, peak_memory_gb=gigabytes)
+            for seconds, gigabytes in ((1.0, 3.0), (4.0, 5.0), (2.0, 4.0))]
+    summary = epoch.summarise({"fp32": rows}, images=8)["fp32"]
+    assert summary["peak_memory_gb"] == 5.0 and summary["images_per_second"]["epoch"] == 4.0

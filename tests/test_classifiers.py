@@ -75,6 +75,9 @@ def test_one_judge_believes_a_digit_and_the_other_does_not():
     assert believed.float().mean() <= 0.2
     numbers = [f"{number} things" for number in scenes.NUMBERS]  # probabilities of one picture's numbers
     assert classifiers.judge_b(wrong[:1].expand(6, -1, -1, -1), numbers).sum().item() == pytest.approx(1)
+    together = classifiers.judge_b(wrong[:8], captions[:8])
+    alone = [classifiers.judge_b(wrong[i:i + 1], captions[i:i + 1]) for i in range(8)]
+    torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_a_digit_is_found_and_read():
@@ -123,6 +126,8 @@ def test_a_corner_is_covered_in_the_background_s_colour_although_an_animal_borde
     images[..., 50:, 50:] = 0  # the digit
     covered = classifiers.without_corner(images)
     assert (covered[..., 50:, 50:] == 100).all() and (covered[..., 40:44, 30:44] == 255).all()
+    images[..., 44:, :44], images[..., :44, 44:], images[..., 44:, 44:] = 90, 80, 0
+    assert (classifiers.without_corner(images)[..., 44:, 44:] == 80).all()  # what borders on it
 
 
 def test_each_judge_learns_from_the_characters_that_it_is_said_to_have_seen(monkeypatch):
@@ -147,3 +152,12 @@ def test_each_judge_learns_from_the_characters_that_it_is_said_to_have_seen(monk
     assert "".join(seen("counter")[1]).isalpha()
     _, glyphs, labels = seen("digit")
     assert labels == [int(glyph or 0) for glyph in glyphs] and set(labels) == set(range(7))
+
+
+def test_spoiled_pictures_are_as_light_as_before_on_average_and_each_in_its_own_way():
+    torch.manual_seed(0)
+    spoiled = classifiers.spoil(torch.zeros(2000, 3, 8, 8))
+    shades = spoiled.mean((2, 3))  # of each picture and colour
+    torch.testing.assert_close(shades.mean(0), torch.zeros(3), rtol=0, atol=0.02)
+    assert 0.05 < shades.std(0).min() and 0.05 < shades.std(1).mean()
+    assert 0.4 < (spoiled.std((1, 2, 3)) > 0.1).float().mean() < 0.6  # half of them with noise

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import gymnasium
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -19,9 +20,11 @@ import control
 import control_loop
 from control import reward_of
 from control_loop import gae, policy_table
-from control_policy import EVALUATION, Denoiser, denoising_loss, noise_schedule, pretrain, sample_chain
+from control_policy import (EVALUATION, Denoiser, apply_gradients, denoising_loss, noise_schedule,
+                            pretrain, sample_chain)
 from control_worlds import (RADIUS, SCALE, SHAPE, clearance, copy_controller, demonstrate,
-                            draw_scenes, judge, make_envs, pendulum_controller, play, reset)
+                            draw_scene, draw_scenes, judge, load_controller, make_envs,
+                            paths_of, pendulum_controller, play, reset)
 from ddpo import clip_range_for, is_loss
 from run_folder import load_checkpoint, read_metrics
 from scripts import finish, flags, numbers, start
@@ -402,6 +405,9 @@ def test_a_run_that_is_killed_ends_with_the_same_numbers(script, settings, tmp_p
     (control_loop, ["--controller", f"{__file__}:boundless"], "finite"),
     (control_loop, ["--controller", f"{__file__}:wordy"], "fails"),
     (control_loop, ["--policy", "beta"], "diffusion, gaussian"),
+    (control_loop, ["--task", ".x:y"], "gymnasium cannot make it"),
+    (control, ["--algorithm", "rwr", "--batch", "1"], "at least 2"),
+    (control, ["--scenes", "99999999999"], "at most 1000000"), (control, ["--kl", "1e40"], "at most 1e12"),
     (control_loop, ["--train-last", "11"], "--steps 10"), (control_loop, ["--gamma", "2"], "gamma"),
     (control_loop, ["--chunk", "201"], "200 steps"), (control_loop, ["--min-sigma", "0"], "above 0"),
 ])
@@ -450,12 +456,42 @@ def test_a_run_whose_checkpoint_is_gone_or_that_has_more_epochs_is_refused_and_k
         shutil.rmtree(tmp_path / "run/checkpoint", ignore_errors=True)
 
 
+@pytest.mark.parametrize("script, settings", [(control, PLANS), (control_loop, LOOP)])
+def test_a_log_without_a_run_is_not_written_over(script, settings, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"epoch": 0}\n')
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags(name="run", out=tmp_path, **settings))
+    assert stop.value.code == 2 and "exists already" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_text() == '{"epoch": 0}\n'
+
+
+def test_a_run_that_has_begun_goes_on_without_its_controllers_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def idle(observations, generator):\n    return 0 * observations[:, :1]\n")
+    settings = LOOP | dict(task="Countdown-v0", controller=f"{file}:idle", chunk=2, epochs=1,
+                           out=str(tmp_path))
+    folder = control_loop.train(control_loop.Config(name="run", **settings))
+    file.unlink()
+    control_loop.main(["--resume", str(folder), "--epochs", "2"])
+    assert [row["epoch"] for row in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
+    with pytest.raises(ValueError, match="no such file"):
+        control_loop.prepare(control_loop.Config(name="new", **settings), False)
+
+
+def test_beside_resume_the_flags_are_named_that_the_script_has(tmp_path, capsys):
+    folder = control.train(control.Config(out=str(tmp_path), **PLANS | dict(epochs=1)))
+    with pytest.raises(SystemExit):
+        control.main(["--resume", str(folder), "--lr", "1"])
+    assert capsys.readouterr().err.endswith("beside it may only be given --epochs\n")
+
+
 def test_a_gradient_that_explodes_is_named_with_the_learning_rate(tmp_path, capsys):
-    settings = [word for key, value in (PLANS | {"lr": 1e30}).items()
+    settings = [word for key, value in (PLANS | {"lr": 1e12}).items()
                 for word in ("--" + key.replace("_", "-"), str(value))]
     with pytest.raises(SystemExit) as stop:
         control.main(["--out", str(tmp_path), *settings])
-    assert "learning rate below 1e+30" in str(stop.value.code)
+    assert "learning rate below 1e+12" in str(stop.value.code)
 
 
 def test_without_gymnasium_one_sentence_says_what_to_install(monkeypatch, tmp_path, capsys):
@@ -577,3 +613,92 @@ def test_an_episode_cut_by_the_time_limit_is_not_ended_by_the_one_after_it():
         gymnasium.registry.pop("Brief-v0")
     lives = rollout.observations[0][:, 1]
     assert rollout.terminated[-1].tolist() == (lives <= 5).tolist() and (lives > 5).any()
+
+
+def test_a_controller_may_import_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "strength_of_mine.py").write_text("STRENGTH = 3")
+    (tmp_path / "mine.py").write_text("from strength_of_mine import STRENGTH\n"
+                                      "def act(observations, generator): return STRENGTH\n")
+    config = control_loop.Config(task="Countdown-v0", controller=f"{tmp_path}/mine.py:act")
+    assert load_controller(config)(None, None) == 3
+
+
+def test_an_update_follows_a_gradient_that_is_cut_to_a_norm_of_one():
+    for size, moved in ((30.0, 1.0), (0.5, 0.5)):
+        model = torch.nn.Linear(1, 1, bias=False)
+        before, optimizer = model.weight.item(), torch.optim.SGD(model.parameters(), lr=1.0)
+        model.weight.grad = torch.full((1, 1), size)
+        assert apply_gradients(model, optimizer) == size
+        assert before - model.weight.item() == pytest.approx(moved, rel=1e-4)
+
+
+def test_pretraining_warms_up_and_ends_with_a_rate_of_nearly_0(monkeypatch):
+    rates, AdamW = [], torch.optim.AdamW
+
+    class Recorded(AdamW):
+        def step(self, *_):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    model = torch.nn.Linear(1, 1)
+    pretrain(model, lambda _: model(torch.ones(1, 1)).square(), 1000, seeded(0), lr=1.0)
+    assert rates == pytest.approx([min(1, (i + 1) / 100) * (1 - i / 1000) for i in range(1000)])
+
+
+def test_a_picture_of_plans_has_the_successful_ones_in_green():
+    axis = plt.figure().subplots()
+    ways = torch.cat([plan([(-1, 0), (1, 0)]), plan([(-1, 0), (-1, 0.5), (1, 0.5), (1, 0)])])
+    draw_scene(axis, scene()[0], ways, judge(scene().expand(2, -1), ways)["success"])
+    start, through, above = axis.get_lines()
+    assert (through.get_color(), above.get_color()) == ("C3", "C2")
+    assert max(through.get_ydata()) == 0 and max(above.get_ydata()) == pytest.approx(0.5, abs=0.05)
+    assert len(axis.patches) == 3  # two pillars and the goal
+    plt.close(axis.figure)
+
+
+def test_a_chain_begins_with_noise_of_the_spread_that_is_asked_for():
+    model, condition = Denoiser((1, 1, 2), condition=1, width=4), torch.zeros(2000, 1)
+    timesteps, table = ddim_table(noise_schedule(), 2)
+    for spread in (0.0, 0.5, 1.0):
+        chain, _ = sample_chain(model, condition, (1, 1, 2), timesteps, table, seeded(0), spread)
+        assert chain[:, 0].std().item() == pytest.approx(spread, rel=0.05)
+
+
+def test_the_planner_goes_from_start_to_goal_in_even_steps():
+    scenes = draw_scenes(2000, seeded(0))
+    steps = paths_of(scenes, demonstrate(scenes, seeded(1)))[..., 0].diff(dim=1).mean(0)
+    torch.testing.assert_close(steps, torch.full((16,), 2 / 16), rtol=0, atol=0.005)
+
+
+def test_a_row_that_is_later_than_the_checkpoint_is_written_anew(tmp_path, one_thread):
+    control.main(flags(name="run", out=tmp_path, **PLANS))
+    whole = numbers(tmp_path / "run")
+    (tmp_path / "run/checkpoint/epoch_000003.pt").unlink()  # a kill between the two
+    control.main(["--resume", str(tmp_path / "run")])
+    assert numbers(tmp_path / "run") == whole
+
+
+def test_pretraining_asks_at_all_timesteps_for_the_velocity():
+    told, scheduler = [], noise_schedule()
+
+    def model(x, timesteps, clean):
+        told.extend(timesteps.tolist())
+        alpha_bar = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noise = (x - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
+
+    clean = torch.randn(4000, 2, 1, 3, generator=seeded(0))
+    assert denoising_loss(model, clean, clean, scheduler, seeded(1)).max() < 1e-4
+    assert min(told) < 10 and max(told) > 990 and abs(np.mean(told) - 499.5) < 20
+
+
+def test_a_position_is_told_by_waves_of_one_and_of_two_periods():
+    seen = []
+    model = Denoiser((1, 1, 2), condition=1, width=4, frequencies=2)
+    model.input.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0, -4:]))
+    for position in (-0.3, 0.8):
+        model(torch.zeros(1, 1, 1, 2), torch.tensor([5]), torch.tensor([[position]]))
+        waves = [wave(k * math.pi * position) for k in (1, 2) for wave in (math.sin, math.cos)]
+        torch.testing.assert_close(seen[-1], torch.tensor(waves))

@@ -19,6 +19,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import ddpo
+import models
 import processes
 import scripts
 from ddpo import (
@@ -603,3 +604,10 @@ def test_a_reward_that_breaks_half_way_stops_the_run_and_names_the_picture(tmp_p
         and str(picture) in message
         and load_checkpoint(tmp_path / "late/checkpoint")["epoch"] >= 1
     )
+
+
+def test_a_cpu_computes_in_bf16_where_it_has_instructions_for_it(monkeypatch):
+    for flags_, dtype in (("avx512f avx512_bf16", "bf16"), ("avx512f", "fp32")):
+        monkeypatch.setattr(models, "Path", lambda _, flags_=flags_: SimpleNamespace(
+            exists=lambda: True, read_text=lambda: flags_))
+        assert default_dtype("cpu") == dtype and default_dtype("mps") == "fp32"

@@ -28,10 +28,12 @@ import rwr
 import sample
 import processes
 import prompts
+import resume
 import training
 from ddpo import Config
 from emoji import pretrain
-from run_folder import draw_progress, load_checkpoint, read_metrics, release, reserved, write_whole
+from run_folder import (draw_progress, load_checkpoint, read_metrics, release, reserved, row_line,
+                        save_checkpoint, write_whole)
 from scripts import flags, numbers
 from stable_diffusion import save_pipeline
 from test_reproduce import fake_run
@@ -320,7 +322,8 @@ def test_a_run_is_gone_on_with_by_the_script_that_made_it(run, tmp_path, capsys)
     (dict(steps=None), "steps"), (dict(reward=["compress"]), "reward"), (dict(epochs=True), "epochs"),
     (dict(lr=float("nan")), "lr"), (dict(lr=1e308), "lr"), (dict(images=10**12), "images"),
     (dict(eval_images=10**400), "eval-images"), (dict(kl=-1.0), "kl"), (dict(colour="red"), "colour"),
-    (dict(lora_rank=3), "instead of"), (dict(prompts="no_such.txt"), "no_such.txt"),
+    (dict(lora_rank=3), "instead of"), (dict(ema=0.0), "--ema is 0"),
+    (dict(prompts="no_such.txt"), "no_such.txt"),
     ("{", "not JSON"), ("[1]", "list"), ("\xff", "config.json"), ("null", "config.json")])
 def test_an_edited_config_is_refused_in_a_line(run, tmp_path, capsys, edit, names):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
@@ -821,3 +824,74 @@ def test_a_signal_that_is_ignored_as_under_nohup_stays_ignored():
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, theirs)
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    for epoch in range(1, 5):
+        save_checkpoint(tmp_path / "checkpoint", {"epoch": epoch})
+    assert sorted(contents(tmp_path / "checkpoint")) == ["epoch_000003.pt", "epoch_000004.pt"]
+
+
+def test_pictures_stand_below_each_other_whatever_room_the_labels_beside_them_take(tmp_path):
+    (tmp_path / "progress").mkdir()
+    for epoch, label in ((0, 3), (10, 5)):  # labels of so many white pixels, then the picture
+        strip = Image.new("RGB", (label + 4, 2), "white")
+        strip.paste((0, 0, 0), (label, 0, label + 4, 2))
+        strip.save(tmp_path / f"progress/{epoch:06d}.png")
+    draw_progress(tmp_path, 10)
+    sheet = Image.open(tmp_path / "progress.png")
+    dark = [[x for x in range(sheet.width) if sheet.getpixel((x, y)) == (0, 0, 0)] for y in (0, 2)]
+    assert dark == [[5, 6, 7, 8]] * 2
+
+
+def test_a_log_needs_the_spread_of_what_is_watched_in_its_first_row_alone(tmp_path):
+    first = {"epoch": 0, "images": 0, "eval_reward": 1.0, "eval_clip": 0.7, "eval_clip_std": 0.1}
+    later = {"epoch": 1, "images": 4, "eval_reward": 1.0, "eval_clip": 0.7}
+    log = SimpleNamespace(folder=tmp_path)
+    resume.check_rows(log, 1, [first, later])
+    for row, missing in ((first, "eval_clip_std"), (later, "eval_clip"), (first, "eval_clip")):
+        broken = [each | ({missing: None} if each is row else {}) for each in (first, later)]
+        with pytest.raises(ValueError, match=f"epoch {row['epoch']} lacks numbers .{missing}"):
+            resume.check_rows(log, 1, broken)
+
+
+def test_a_number_that_json_has_not_is_null_in_a_log(tmp_path):
+    row = {"epoch": 1, "grad_norm": float("inf"), "loss": float("nan"), "kl": None, "x": 0.5}
+    logged = json.loads(row_line(row), parse_constant=pytest.fail)
+    assert logged == row | {"grad_norm": None, "loss": None}
+
+
+def test_a_new_run_leaves_alone_what_others_have_put_into_its_folder(tmp_path):
+    (tmp_path / "mine/last").mkdir(parents=True)
+    (tmp_path / "mine/last/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="mine: has last in it, which are no run's; choose another --name"):
+        ddpo.prepare(Config(out=str(tmp_path), name="mine", device="cpu"))
+    assert (tmp_path / "mine/last/thesis.txt").read_text() == "years of work"
+    run = tmp_path / "first"
+    run.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).write_text("")
+    with pytest.raises(ValueError, match="lies in the folder of another run"):
+        ddpo.prepare(Config(out=str(run), name="last", device="cpu"))
+    assert not (run / "last").exists()
+
+
+def test_a_folder_that_can_never_be_made_is_one_line(tmp_path, monkeypatch):
+    def mkdir(path, **_):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(ValueError, match="cannot be written .*choose another --out"):
+        with reserved(tmp_path / "run"):
+            pass
+
+
+def test_each_process_may_count_other_events(monkeypatch):
+    def reward(images, prompts):
+        return [0.0]
+
+    reward.log_counts = {"cats": 2}
+    monkeypatch.setattr(training, "gather", lambda counts: [*counts, {"mine_dogs": 1, "mine_cats": 3}])
+    run = SimpleNamespace(components={"mine": 1.0}, rewards={"mine": reward})
+    row = training.reward_row(run, {"mine": [0.0]})
+    assert (row["mine_cats"], row["mine_dogs"]) == (5, 1)

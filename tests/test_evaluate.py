@@ -2,6 +2,8 @@
 when a run is stopped."""
 
 import json
+import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -43,10 +45,18 @@ def test_a_run_says_that_nothing_it_found_was_within_the_guard_and_that_nothing_
     assert "no evaluation was within the guard" in summary(run)
     run.rows = rows([0, 1], [0.7, 0.7])
     assert "guard" not in summary(run)
-    assert "--guard has no effect" in unguarded(Config(reward="clip"))
-    for config in (Config(), Config(reward="clip", guard=0.0), Config(reward="clip", watch=""),
-                   Config(reward="clip", eval_prompts="objects")):
+    assert "watched, since clip is trained on: --guard and --patience have no effect" in unguarded(
+        Config(reward="clip"))
+    assert "nothing is watched: --guard" in unguarded(Config(watch=""))
+    for config in (Config(), Config(reward="clip", guard=0.0), Config(reward="clip", eval_prompts="objects")):
         assert unguarded(config) == ""
+
+
+def test_a_metric_that_begins_at_0_has_no_change_in_per_cent(tmp_path):
+    before, after = ({"epoch": epoch, "eval_reward": 1.0, "eval_clip_top1": top1}
+                     for epoch, top1 in ((0, 0.0), (1, 0.25)))
+    run = SimpleNamespace(config=Config(watch=""), folder=tmp_path, epoch=1, rows=[before, after])
+    assert re.search(r"clip_top1 +0.000 -> 0.250$", summary(run), re.M) and "(+0%)" in summary(run)
 
 
 def test_the_prompts_of_an_evaluation_are_those_that_the_run_began_with(tmp_path):
@@ -89,6 +99,7 @@ def test_held_out_prompts_decide_what_is_saved_and_end_a_run_that_no_longer_help
     assert guard(evaluated, config) == (5, False)
     evaluated[-1]["eval_clip"] = 0.3  # the best of all, but for what is watched
     assert guard(evaluated, Config(eval_prompts="objects", patience=3)) == (2, True)
+    assert guard(evaluated, Config(eval_prompts="objects", patience=3, guard=0.0)) == (5, False)
 
 
 def test_without_a_guard_or_without_anything_to_watch_the_newest_is_saved():
@@ -151,7 +162,8 @@ def test_held_out_sets_and_the_deterministic_sampler_have_columns_of_their_own(t
     for view in ("eval", "eval_animals_held_out", "eval_eta0"):
         for metric in ("reward", "clip", "clip_top1", "diversity"):
             assert f"{view}_{metric}" in row
-    assert row["eval_reward"] != row["eval_animals_held_out_reward"] != row["eval_eta0_reward"]
+    views = "eval", "eval_animals_held_out", "eval_eta0"
+    assert len({row[f"{view}_reward"] for view in views}) == 3
 
 
 def test_averaged_weights_lag_behind_and_are_what_is_saved(tmp_path):
@@ -227,3 +239,128 @@ def test_a_tracker_is_told_each_number_with_its_epoch(tmp_path, monkeypatch, tra
     track({"reward_mean": 1.5, "loss": 0.1}, 3)
     assert told == [("reward_mean", 1.5, 3), ("loss", 0.1, 3)]
     assert open_tracker(Config(), tmp_path) is None
+
+
+def test_a_watched_metric_that_is_one_number_for_all_pictures_is_safe_while_it_holds():
+    same = rows([0, 1, 2], [1.0, 1.0, 0.99], std=0.0)
+    assert decisions(same, Config(guard=1.0, patience=1)) == [(None, False), (1, False), (1, True)]
+
+
+def test_of_several_held_out_sets_the_sum_decides():
+    evaluated = [row | {"eval_objects_reward": objects, "eval_pairs_reward": pairs}
+                 for row, objects, pairs in zip(rows(range(3), [0.7] * 3), (0, 2, 3), (0, 2, 0))]
+    for sets in ("objects,pairs", "pairs, objects"):
+        assert guard(evaluated, Config(watch="", eval_prompts=sets, patience=9)) == (1, False)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """(prompts, keys) of each batch of an evaluation whose pictures show their index."""
+    batches = []
+
+    def rollout(run, prompts, keys, *_):
+        batches.append((prompts, keys))
+        shades = torch.tensor([key[-1] for key in keys], dtype=torch.uint8).view(-1, 1, 1, 1)
+        return SimpleNamespace(images=shades.expand(-1, 3, 8, 8))
+
+    monkeypatch.setattr(evaluate, "rollout", rollout)
+    monkeypatch.setattr(evaluate, "score", lambda run, images, prompts: {
+        name: images[:, 0, 0, 0].float() for name in run.rewards})
+    return batches
+
+
+def evaluation(view, prompts, epoch=0, folder=None, **settings):
+    config = Config(watch="incompress", **settings)
+    run = SimpleNamespace(config=config, folder=folder, rank=0, world=1,
+                          components={"compress": 1.0},
+                          rewards={"compress": None, "incompress": None})
+    return evaluate.evaluate_prompts(run, epoch, view, prompts, None, None)
+
+
+def test_runs_of_all_seeds_are_evaluated_on_the_same_prompts_and_noise_in_every_epoch(drawn):
+    for seed, epoch in ((0, 0), (0, 3), (7, 0)):
+        evaluation("eval_objects", ["a cat", "a dog"], epoch, seed=seed, eval_images=4,
+                   sample_batch=4)
+    assert len(drawn) == 3 and all(batch == drawn[0] for batch in drawn)
+    assert len(set(drawn[0][1])) == 4  # and each picture has noise of its own
+
+
+def test_the_guards_unit_is_the_spread_over_the_base_models_own_pictures(drawn):
+    """Also of one picture, which has none."""
+    for images, spread in ((4, math.sqrt(1.25)), (1, 0.0)):  # the values are 0 to 3
+        row = evaluation("eval_objects", ["a cat", "a dog"], eval_images=images, sample_batch=4)
+        assert row["eval_objects_incompress_std"] == pytest.approx(spread)
+    later = evaluation("eval_objects", ["a cat"], epoch=1, eval_images=4, sample_batch=4)
+    assert "eval_objects_incompress_std" not in later
+
+
+def test_a_strip_of_progress_shows_a_picture_of_each_of_the_first_eight_prompts(
+        drawn, tmp_path, monkeypatch):
+    strips = []
+    monkeypatch.setattr(evaluate, "picture_grid", lambda *strip: strips.append(strip))
+    monkeypatch.setattr(evaluate, "save_picture", lambda *_: None)
+    monkeypatch.setattr(evaluate, "draw_progress", lambda *_: None)
+    prompts = [f"prompt {i}" for i in range(10)]
+    for epoch in (0, 5):
+        evaluation("eval", prompts, epoch, tmp_path, eval_images=20, sample_batch=8)
+    for (pictures,), *_ in strips:
+        assert pictures[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert [labels for _, labels, _ in strips] == [["epoch 0"], ["epoch 5"]]
+    assert [titles for *_, titles in strips] == [prompts[:8], None]  # the first strip names them
+
+
+def test_a_change_is_told_in_per_cent_of_what_was_there_before(tmp_path):
+    run = SimpleNamespace(config=Config(guard=1.0, patience=2), folder=tmp_path, epoch=1,
+                          rows=rows([-2, -1], [0.5, 0.6]))
+    said = summary(run)
+    assert "-2.000 -> -1.000  (+50%)" in said and "0.500 -> 0.600  (+20%)" in said
+
+
+def test_each_nth_epoch_and_the_last_is_evaluated_in_a_time_beside_that_of_the_epoch(monkeypatch):
+    for name in ("evaluate", "log", "save"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: {})
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(perf_counter=lambda: 110.0))
+    bar = SimpleNamespace(set_postfix=lambda **_: None, update=lambda: None)
+    run = SimpleNamespace(config=Config(watch="", epochs=5, eval_every=2), rows=[], bar=bar)
+    rows_ = [{"epoch": epoch, "reward_mean": 0.0, "seconds": 7.0} for epoch in range(1, 6)]
+    over = [evaluate.end_epoch(run, row, clock=100.0) for row in rows_]
+    assert over == [False] * 4 + [True]
+    assert [row.get("seconds_eval") for row in rows_] == [None, 3.0, None, 3.0, 3.0]
+
+
+def test_there_is_a_panel_for_each_metric_and_a_line_in_it_for_each_set_of_prompts(
+        tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures, close = [], plt.close
+    monkeypatch.setattr(plt, "close", figures.append)
+    views = "eval", "eval_objects", "eval_eta0"
+    columns = {f"{view}_{metric}": 1.0 for view in views for metric in ("reward", "clip")}
+    evaluated = [{"epoch": epoch, "images": 64 * epoch} | columns for epoch in range(2)]
+    evaluated[0]["eval_clip_std"] = 0.1
+    for deterministic, lines in ((True, ["objects", "η = 0"]), (False, ["objects"])):
+        config = Config(watch="clip", guard=0.0, eval_prompts="objects",
+                        eval_deterministic=deterministic)
+        shown = [{key: value for key, value in row.items() if deterministic or "eta0" not in key}
+                 for row in evaluated]
+        plot_rewards(shown, config, tmp_path / "rewards.png")
+        panels = figures[-1].axes
+        assert [panel.get_title() for panel in panels] == ["compress (trained)", "clip"]
+        labels = [[line.get_label() for line in panel.get_lines()] for panel in panels]
+        fixed = ["fixed prompts and seeds", *lines]
+        assert labels == [["sampled", *fixed], fixed]
+        close(figures[-1])
+
+
+def test_a_run_is_told_by_the_evaluation_that_the_guard_chose_or_else_by_its_newest():
+    evaluated = rows([0, 1, 2], [0.7, 0.7, 0.1])
+    for guard_, epochs in ((1.0, [0, 1]), (0.0, [0, 2])):
+        told = evaluate.first_and_kept(evaluated, Config(guard=guard_, patience=9))
+        assert [row["epoch"] for row in told] == epochs
+
+
+def test_a_run_that_is_resumed_is_over_at_its_last_epoch_or_where_the_guard_has_stopped_it():
+    for clip, epochs, over in ((0.7, 9, False), (0.1, 9, True), (0.7, 1, True)):
+        config = Config(guard=1.0, patience=1, epochs=epochs)
+        run = SimpleNamespace(config=config, rank=1, epoch=1, rows=rows([0, 1], [0.7, clip]))
+        assert evaluate.begin(run, "") == over

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from diffusers import (FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline,
+                       StableDiffusionXLPipeline)
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 import ddpo
 import forward
@@ -188,6 +190,8 @@ def test_a_size_that_does_not_fit_a_family_is_refused(folders):
         with pytest.raises(ValueError, match=f"--resolution {resolution}: .*{names}"):
             load_pipeline(folders[family], "cpu", resolution=resolution)
     assert latents_shape(load_pipeline(folders["sdxl"], "cpu")) == (4, 8, 8)
+    largest = load_pipeline(folders["sd3"], "cpu", resolution=32)
+    assert latents_shape(largest) == (16, 16, 16)
 
 
 def test_decoding_shifts_and_scales_as_the_vae_says(folders):
@@ -264,3 +268,23 @@ def test_an_adapter_of_a_transformer_is_on_the_attention_of_pictures_and_of_prom
                    for name, p in network.named_parameters() if p.requires_grad}
         of_prompts = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"} if family != "sdxl" else set()
         assert trained == {"to_q", "to_k", "to_v", "to_out.0"} | of_prompts
+
+
+def test_flux_draws_pictures_of_1024_pixels_where_no_size_is_asked_for(folders):
+    pipeline = load_pipeline(folders["flux"], "cpu")
+    assert latents_shape(pipeline) == (16, 1024 // 8, 1024 // 8)  # FLUX.1's VAE scales by 8
+
+
+def test_the_dynamic_shift_of_sd3_counts_its_patches_as_tokens(folders):
+    pipeline = load_pipeline(folders["sd3"], "cpu", resolution=24)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    tokens = pipeline.transformer.pos_embed(torch.zeros(1, *latents_shape(pipeline))).shape[1]
+    assert schedule_inputs(pipeline, 4)["mu"] == pytest.approx(calculate_shift(tokens))
+
+
+def test_a_network_that_would_not_hear_of_a_pictures_size_is_no_sdxl(folders, tmp_path):
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "model")
+    settings = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(settings | {"addition_embed_type": None}))
+    with pytest.raises(ValueError, match="addition_embed_type None"):
+        load_pipeline(str(folder), "cpu")

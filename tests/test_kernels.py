@@ -460,6 +460,12 @@ def test_the_benchmark_runs_here_and_finds_the_kernels_right(tmp_path):
     record = json.loads(out.read_text())
     assert record["errors"][0]["same_bits"] and record["errors"][0]["grad"] < 1e-5
     assert {row["way"] for row in record["rows"]} >= {"eager, as common", "eager, table", "fused"}
+    moved = {(row["function"], row["way"]): 1000 * row["gb_s"] * row["us"]
+             for row in record["rows"]}
+    if DEVICE == "cpu":  # bytes of 4 x 8 x 8 latent elements, as ddim_step.py and ppo_loss.py count
+        for function, way, each in (("step", "fused", 20), ("step", "fused, noise drawn", 16),
+                                    ("loss", "fused", 24)):
+            assert moved[function, way] == pytest.approx(each * 256)
     assert run("--table", str(out)) == printed
     assert ("times mean nothing" in printed) == (DEVICE == "cpu")
 
@@ -491,3 +497,18 @@ def test_a_large_sample_scores_alone_as_in_a_batch_on_several_threads_too():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.cat(alone), together)
+
+
+@needs_triton
+def test_the_ways_that_the_benchmark_times_compute_the_same(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from benchmarks import kernels as benchmark
+
+    monkeypatch.setattr(kernels, "BACKEND", "triton")
+    found = benchmark.ways(3, "float32", compiled=False)
+    results = {way: call() for way, (call, *_) in found.items() if way[1] != "fused, noise drawn"}
+    for (function, way), values in results.items():
+        for i in (0, 1) if function == "step" else (0, -1):  # latents, density; loss, gradient
+            fused = results[function, "fused"][i]
+            atol = 1e-5 * fused.abs().max().item()
+            torch.testing.assert_close(values[i], fused, rtol=1e-3, atol=atol)

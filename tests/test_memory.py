@@ -3,6 +3,7 @@ forward pass keeps."""
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel
 
 import ddpo
 import forward
@@ -11,7 +12,7 @@ from ddpo import parse_config
 from families import save_family
 from loading import load_pipeline
 from memory import NETWORKS, peak_memory
-from models import condition, denoiser, predict
+from models import condition, denoiser, make_trainable, predict
 from stable_diffusion import save_pipeline, small_model
 
 
@@ -95,7 +96,8 @@ def test_the_command_line_tells_of_one_preset_or_model_or_says_what_it_does_not_
                       ["--resume", "the first line"]):
         with pytest.raises(SystemExit) as stop:
             memory.main([*arguments, "--device", "cpu"])
-        assert len(stop.value.code.splitlines()) == 1 and arguments[1] in stop.value.code
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and len(error.splitlines()) == 1 and arguments[1] in error
 
 
 def test_eight_bit_moments_take_two_bytes_a_parameter(tmp_path):
@@ -143,3 +145,74 @@ def test_a_decoder_that_waits_elsewhere_is_there_while_it_decodes():
     decoder = sum(p.numel() for p in load_pipeline(small_model(), "cpu").vae.parameters())
     assert saving["decoding"] - plain["decoding"] == 4 * decoder
     assert saving["latents and embeddings"] == 0 and saving["weights"] < plain["weights"] - 4 * decoder
+
+
+def test_an_adapters_weights_count_beside_their_gradients_and_moments():
+    parts, _ = parts_of(lora_rank=4, ema=0.0)
+    unet = load_pipeline(small_model(), "cpu").unet
+    trained = sum(p.numel() for p in make_trainable(unet, ddpo.Config(lora_rank=4)))
+    assert parts["training"] == (4 + 4 + 8) * trained
+    with_base, _ = parts_of(lora_rank=4, ema=0.0, kl=0.1)  # it is the network without adapter
+    assert with_base["training"] == parts["training"]
+
+
+def test_without_guidance_in_training_twice_the_batch_keeps_as_much():
+    guided, plain = (parts_of(train_batch=batch, train_guidance=guidance)[0]["activations"]
+                     for batch, guidance in ((1, True), (2, False)))
+    assert guided == plain > 0
+
+
+def test_decoding_takes_three_times_its_largest_output_for_at_most_eight_pictures():
+    decoder, sizes = load_pipeline(small_model(), "cpu").vae.decoder, []
+    for module in decoder.modules():
+        module.register_forward_hook(
+            lambda _, __, output: sizes.append(getattr(output, "nbytes", 0)))
+    with torch.no_grad():
+        decoder(torch.zeros(4, 4, 8, 8))
+    for batch, expected in ((4, 3 * max(sizes)), (64, 6 * max(sizes))):
+        assert parts_of(sample_batch=batch)[0]["decoding"] == expected
+
+
+def test_rewards_weigh_what_their_clips_do():
+    widths = {"aesthetic": (1024, 4096, 24, 16, 14, 768, 3072, 12, 12, 768),  # ViT-L/14
+              "pickscore": (1280, 5120, 32, 16, 14, 1024, 4096, 24, 16, 1024)}  # ViT-H/14
+    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+    for reward, (*vision, patch, width, inner, layers, heads, projection) in widths.items():
+        config = CLIPConfig(vision_config=dict(zip(names, vision), patch_size=patch),
+                            text_config=dict(zip(names, (width, inner, layers, heads))),
+                            projection_dim=projection)
+        with torch.device("meta"):
+            numbers = sum(p.numel() for p in CLIPModel(config).parameters())
+        assert memory.REWARDS[reward] == pytest.approx(4 * numbers / 1e9, rel=0.02)
+    assert memory.REWARDS["count"] == memory.REWARDS["vqa"] < memory.REWARDS["align"]  # one VLM
+
+
+def test_what_decodes_and_what_trains_are_not_there_at_one_time():
+    parts, _ = parts_of()
+    peak, loading = parts.pop("peak"), parts.pop("loading")
+    smaller = min(parts["activations"], parts["decoding"])
+    assert peak == pytest.approx(sum(parts.values()) - smaller) and peak > loading and smaller > 0
+
+
+def test_a_whole_network_that_is_trained_has_float32_weights_whatever_it_computes_in():
+    pipeline = load_pipeline(small_model(), "cpu")
+    unet, text, vae = (sum(p.numel() for p in module.parameters())
+                       for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae))
+    for rank, width in ((0, 4), (4, 2)):  # the VAE's are in float32 in any case
+        parts, _ = parts_of(dtype="fp16", lora_rank=rank)
+        assert parts["weights"] == width * (unet + text) + 4 * vae
+
+
+def test_a_preset_of_eight_gpus_is_told_of_one_of_eight_processes(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "estimate", lambda config, world, pipeline: str(world))
+    memory.main(["--device", "cpu"])
+    told = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    expected = {name: "8" if name.endswith("8gpu") else "1" for name in told}
+    assert told == expected and {*told.values()} == {"1", "8"}
+
+
+def test_a_preset_is_estimated_for_the_latents_of_the_resolution_that_is_asked_for():
+    for preset, resolution, shape in (("sd15", 256, (4, 32, 32)), ("sdxl-24gb", 0, (4, 128, 128)),
+                                      ("flux-dev-80gb", 512, (16, 64, 64))):
+        config, _ = parse_config(["--preset", preset, "--resolution", str(resolution)])
+        assert memory.preset_facts(config)[-1] == shape  # a latent of 8 x 8 pixels

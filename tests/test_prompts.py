@@ -200,3 +200,9 @@ def test_the_command_line_shows_the_sample_of_its_seed(monkeypatch, capsys):
     animals = load_prompts("animals")
     drawn = sample_prompts(animals, 5, torch.Generator().manual_seed(3))
     assert capsys.readouterr().out.splitlines() == [*drawn, f"# 5 of {len(animals)} prompts"]
+
+
+def test_a_set_of_one_number_is_of_the_number_that_it_is_named_after():
+    for number in ("three", "four"):
+        expected = [f"{number} {animal}" for animal in load_prompts("animals_plural")]
+        assert load_prompts(f"{number}_animals") == expected

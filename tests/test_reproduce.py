@@ -13,6 +13,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from PIL import Image
 import ddpo
 import experiments
 import reproduce
+import reproduce_control
 import reproduce_figures
 from reproduce import EXPERIMENTS, finished, plan, run_all
 from reproduce_figures import between, interval, kept, measure
@@ -58,6 +60,7 @@ def test_the_interval_is_students():
 def test_a_curve_is_linear_between_its_points():
     assert between([(0, 1.0), (10, 3.0), (20, 2.0)], 5) == 2.0
     assert between([(0, 1.0), (10, 3.0)], 99) == 3.0
+    assert between([(0, 1.0), (10, 3.0), (20, 2.0)], 10) == 3.0
 
 
 def fake_run(folder, seed, sizes=(2.5, 2.2, 2.0), cosines=(0.66, 0.65, 0.3), **settings):
@@ -241,6 +244,17 @@ def test_a_run_of_other_settings_is_not_taken_for_the_commands_own(tmp_path):
     assert run_all({"tiny": TINY}, *arguments) == ["tiny"]  # no checkpoint yet; and no time to go on
 
 
+@pytest.mark.parametrize("given, says", [
+    (["--flags=--seed 5"], "--seed is given by each run itself"),
+    (["--flags=--lr 1 --out=x"], "--out is given"),
+    (["--flags", '"'], "No closing quotation"), (["--minutes", "nan"], "--minutes nan")])
+def test_flags_that_a_run_gives_itself_are_refused(given, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        reproduce.parse(["rewards", *given])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and len(error.splitlines()) == 1
+
+
 def test_a_models_folder_may_have_a_space_but_not_the_name_of_anothers_results(
         tmp_path, monkeypatch, capsys):
     for name in ("my model", "emoji", "control"):
@@ -368,3 +382,116 @@ def test_weights_are_measured_once_and_anew_where_they_are_newer(tmp_path):
     os.utime(tmp_path / "a/unet", (2e9, 2e9))
     shutil.rmtree(tmp_path / "b/unet")
     assert measured() == {"a": 3, "b": 2} and taken == ["a", "b", "a"]
+
+
+def test_a_run_that_the_guard_has_stopped_is_finished_before_its_last_epoch(tmp_path):
+    for patience, over in ((1, True), (2, False)):
+        folder = tmp_path / str(patience)
+        fake_run(folder, seed=0, patience=patience)  # beyond the guard at its last evaluation alone
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"epochs": 9}))
+        assert not finished(folder)  # without a checkpoint
+        (folder / "checkpoint").mkdir()
+        (folder / "checkpoint/epoch_000002.pt").touch()
+        assert finished(folder) == over
+
+
+def test_after_the_minutes_no_run_is_started(tmp_path, monkeypatch):
+    started, clock = [], [0.0]
+
+    def ends():
+        clock[0] += 50.0
+        return 0
+
+    of_clock = SimpleNamespace(time=lambda: clock[0], sleep=lambda _: None)
+    monkeypatch.setattr(reproduce, "time", of_clock)
+    monkeypatch.setattr(reproduce, "start_run", lambda name, *_, **__: (
+        started.append(name) or (SimpleNamespace(poll=ends, returncode=0), None)))
+    left = run_all(dict.fromkeys("abc", "ddpo.py"), tmp_path, tmp_path, jobs=1, minutes=1.5)
+    assert started == ["a", "b"] and left == ["c"]
+
+
+@pytest.mark.parametrize("seeds", [*reproduce_figures.T_95, 9])
+def test_the_quantiles_are_students(seeds):
+    half = interval([0.0] * (seeds - 1) + [1.0])[1]
+    quantile = half * math.sqrt(seeds) / statistics.stdev([0.0] * (seeds - 1) + [1.0])
+    freedom, t = seeds - 1, torch.linspace(0, quantile, 200_001, dtype=torch.float64)
+    density = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    density = density * (1 + t**2 / freedom) ** (-(freedom + 1) / 2)
+    assert 2 * torch.trapezoid(density, t).item() == pytest.approx(0.95, abs=1e-3)
+
+
+def test_pictures_of_a_run_have_noise_where_its_evaluations_have_it(monkeypatch):
+    asked = []
+
+    def sample_trajectories(pipeline, prompts, steps, guidance_scale, eta, generators, sampler):
+        asked.append((steps, guidance_scale, eta.tolist(), sampler))
+        return SimpleNamespace(images=None)
+
+    monkeypatch.setattr(reproduce_figures, "sample_trajectories", sample_trajectories)
+    config = ddpo.Config(steps=4, guidance_scale=3.0, eta=0.5, window="1:3", window_shift="1/1",
+                         sampler="cps")
+    reproduce_figures.sample_as(config, None, ["a cat"], None)
+    reproduce_figures.sample_as(config, None, ["a cat"], None, guidance_scale=5.0)
+    assert asked == [(4, scale, [0, 0.5, 0.5, 0], "cps") for scale in (3.0, 5.0)]
+
+
+def test_each_strength_is_measured_with_the_newest_weights_at_that_strength(tmp_path, monkeypatch):
+    fake_run(tmp_path / "over-none-0", seed=0)
+    (tmp_path / "over-none-0/last").mkdir()
+    monkeypatch.setattr(reproduce_figures, "measure", lambda _, weights, prompts, strength=1.0: {
+        "weights": weights, "measured at": strength})
+    for point in reproduce_figures.measure_strengths(tmp_path):
+        assert point["weights"] == tmp_path / "over-none-0/last"
+        assert point["measured at"] == point["strength"]
+
+
+def test_the_plans_shown_are_those_before_and_those_of_the_last_evaluation(tmp_path, monkeypatch):
+    drawn, plans = [], {epoch: [f"epoch {epoch}, {view}" for view in reproduce_control.VIEWS]
+                        for epoch in (0, 10, 5)}
+    monkeypatch.setattr(reproduce_control, "load_checkpoint", lambda folder: {"shown": {
+        epoch: [(folder.parent.name, plan) for plan in each] for epoch, each in plans.items()}})
+    monkeypatch.setattr(reproduce_control, "draw_scene", lambda axis, *shown: drawn.append(shown))
+    reproduce_control.draw_plans(tmp_path, tmp_path)
+    runs = [("plan-ddpo-0", 0), *((f"plan-{name}-0", 10) for name in reproduce_control.PLANS)]
+    assert drawn == [(run, plan) for run, epoch in runs for plan in plans[epoch]]
+    assert (tmp_path / "control_plans.png").stat().st_size > 0
+
+
+def test_runs_beside_each_other_share_the_cores(tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(reproduce, "start_run", lambda name, command, out, share, quiet: (
+        threads.append(share) or (SimpleNamespace(poll=lambda: 0, returncode=0), None)))
+    monkeypatch.setattr(reproduce, "time", SimpleNamespace(time=time.time, sleep=lambda _: None))
+    for jobs in (1, 2, 16):
+        run_all({"a": "ddpo.py"}, tmp_path, tmp_path, jobs, minutes=0)
+    assert threads == [8, 4, 1]
+
+
+def test_rows_of_pictures_have_the_same_prompts_and_seeds(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce_figures, "load_pipeline", lambda model, **how: (
+        SimpleNamespace(device="cpu", how=how)))
+
+    def sample_as(config, pipeline, prompts, generators, guidance_scale):
+        seeds = [generator.initial_seed() for generator in generators]
+        asked.append((prompts, seeds, pipeline.how, guidance_scale))
+
+    monkeypatch.setattr(reproduce_figures, "sample_as", sample_as)
+    empty = Image.new("RGB", (1, 1))
+    monkeypatch.setattr(reproduce_figures, "picture_grid", lambda *_, **__: empty)
+    models = {"before": {}, "after": dict(lora="run"), "guided": dict(guidance_scale=4.0)}
+    prompts = [f"prompt {i}" for i in range(20)]
+    reproduce_figures.pictures(ddpo.Config(), models, prompts, tmp_path / "a.png", columns=5)
+    assert [row[2:] for row in asked] == [({}, None), (dict(lora="run"), None), ({}, 4.0)]
+    assert asked[0][0] == prompts[::4] and len(set(asked[0][1])) == 5
+    assert all(row[:2] == asked[0][:2] for row in asked)
+
+
+def test_a_change_of_one_seed_has_no_interval():
+    for seeds, text in ((1, "1.0 → 2.5"), (2, "1.0 ± 0.0 → 2.5 ± 0.0")):
+        logs = [[{"x": 1.0}, {"x": 7.0}, {"x": 2.5}]] * seeds
+        told, behind = reproduce_control.change(logs, "x", 1)
+        assert told == text
+        assert behind == {"before": (1.0, 0.0), "after": (2.5, 0.0), "seeds": seeds}

@@ -658,3 +658,26 @@ def test_an_aesthetic_head_saved_in_float16_computes_in_float32(clip_folder, hea
     of_half, of_same = (get_reward(f"aesthetic={tmp_path / name}.safetensors@{clip_folder}", "cpu")(
         images, PROMPTS) for name in ("half", "same"))
     torch.testing.assert_close(of_half, of_same)
+
+
+def test_an_answer_has_at_most_64_tokens(llava_folder, images, monkeypatch):
+    lengths, generate = [], judges.generate
+    network = rewards.load_vlm(llava_folder, "cpu")
+    monkeypatch.setattr(network[0].generation_config, "eos_token_id", None)  # it never stops
+
+    def counting(*arguments, **settings):
+        for output, length in generate(*arguments, **settings):
+            lengths.append(output.sequences.shape[1] - length)
+            yield output, length
+
+    monkeypatch.setattr(judges, "generate", counting)
+    rewards.answer(network, images[:1], ["What is it?"])
+    assert lengths == [64]
+
+
+def test_of_a_published_encoder_bertscore_reads_the_layer_that_its_authors_chose():
+    chosen = {  # bert_score.utils.model2layers
+        "microsoft/deberta-xlarge-mnli": 40, "microsoft/deberta-large-mnli": 18,
+        "microsoft/deberta-base-mnli": 9, "roberta-large": 17, "roberta-base": 10,
+        "bert-large-uncased": 18, "bert-base-uncased": 9, "distilbert-base-uncased": 5}
+    assert judges.BERTSCORE_LAYER == {Path(model).name: layer for model, layer in chosen.items()}

@@ -54,6 +54,7 @@ def test_compress_and_incompress_are_the_size_with_either_sign(images):
     assert torch.equal(get_reward("compress")(images, PROMPTS), -sizes)
     assert torch.equal(get_reward("incompress")(images, PROMPTS), sizes)
     assert torch.equal(get_reward("compress:0.5")(images, PROMPTS), -0.5 * sizes)
+    assert torch.equal(get_reward("compress:-2")(images, PROMPTS), 2 * sizes)
 
 
 def test_a_reward_is_float32_on_the_cpu_with_one_value_an_image(images):
@@ -530,7 +531,7 @@ def test_a_picture_file_is_scored_as_a_viewer_shows_it(tmp_path):
     clear = plain.copy()
     clear.putalpha(0)
     for name, image in (("turned", turned), ("clear", clear), ("grey", Image.fromarray(grey)),
-                        ("deep", Image.fromarray(grey.astype(np.uint16) * 257))):
+                        ("deep", Image.fromarray(grey.astype(np.uint16) * 257 + 100))):
         image.save(tmp_path / f"{name}.png", exif=orientation if name == "turned" else b"")
     expected = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
     for name in ("turned", "grey", "deep"):

@@ -298,9 +298,11 @@ def test_a_run_is_drawn_with_the_settings_that_it_was_trained_with(small, tmp_pa
     sample.main([*command, run, "--steps", "2", "--guidance-scale", "5"])  # the window is of three steps
     sample.main([*command, run, "--eta", "0", "--batch", "4", "--dtype", "fp32"])
     sample.main([*command, run, "--sampler", "dance", "--batch", "4"])
+    sample.main([*command, run, "--eta", "0.25", "--batch", "4"])  # asked for: in every step
     assert asked == ([(2, 2, 5.0, [0.5, 0.5], torch.bfloat16, "cps")] * 4
                      + [(4, 3, 1.0, [0.0] * 3, torch.float32, "cps")] * 2
-                     + [(4, 3, 1.0, [0.0, pytest.approx(0.3), 0.0], torch.bfloat16, "dance")] * 2)
+                     + [(4, 3, 1.0, [0.0, pytest.approx(0.3), 0.0], torch.bfloat16, "dance")] * 2
+                     + [(4, 3, 1.0, [0.25] * 3, torch.bfloat16, "cps")] * 2)
 
 
 @pytest.mark.parametrize("arguments, names", [
@@ -371,3 +373,40 @@ def test_a_grid_has_a_row_below_a_row_and_a_column_beside_a_column():
     grid = sample.picture_grid(rows, cell=96)
     colours = [[grid.getpixel((98 * j + 48, 98 * i + 48)) for j in range(3)] for i in range(2)]
     assert colours == [[(100 * i, 80 * j, 30) for j in range(3)] for i in range(2)]
+    for shown in (rows, [rows[0][:1], rows[1]]):  # no room for labels, and for the longest row
+        assert sample.picture_grid(shown, cell=96).size == (3 * 98, 2 * 98)
+
+
+def test_the_seeds_named_are_drawn_in_10_steps_of_the_shipped_model_and_50_of_others(
+        small, tmp_path, monkeypatch, grids):
+    asked, black = [], torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+
+    def sample_trajectories(pipeline, prompts, steps, guidance_scale, eta, generators, *_, **__):
+        asked.append((steps, guidance_scale, [each.initial_seed() for each in generators]))
+        return SimpleNamespace(images=black)
+
+    monkeypatch.setattr(sample, "sample_trajectories", sample_trajectories)
+    for model in ("models/emoji", small):
+        sample.main(["--model", model, "--prompt", "a cat", "--images", "2", "--seed", "5",
+                     "--out", str(tmp_path / "grid.png")])
+    assert asked == [(10, 4.0, [5, 6]), (50, 4.0, [5, 6])]
+    assert [titles for *_, titles in grids] == [["seed 5", "seed 6"]] * 2
+
+
+def test_weights_of_a_model_that_predicts_v_are_not_taken_for_those_of_one_that_predicts_noise(
+        small, tmp_path):
+    predicts_v = save_pipeline(tmp_path / "v", "v_prediction")
+    save_run(tmp_path / "run", predicts_v, 4)
+    assert load_pipeline(predicts_v, "cpu", lora=tmp_path / "run")
+    with pytest.raises(ValueError, match="predicts something else"):
+        load_pipeline(small, "cpu", lora=tmp_path / "run")
+
+
+def test_without_a_strength_weights_are_drawn_as_they_were_trained(small, tmp_path, monkeypatch):
+    save_run(tmp_path / "run", small, 4)
+    scales, set_strength = [], sample.set_strength
+    monkeypatch.setattr(sample, "set_strength", lambda pipeline, scale, *weights: (
+        scales.append(scale) or set_strength(pipeline, scale, *weights)))
+    sample.main(["--lora", str(tmp_path / "run"), "--prompt", "a cat", "--images", "1",
+                 "--steps", "1", "--out", str(tmp_path / "grid.png")])
+    assert scales == [0.0, 1.0]  # the base model, and the run

@@ -1,6 +1,7 @@
 """Claims about the emoji world and the model that was pretrained on it."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import fields
@@ -15,6 +16,7 @@ from transformers import CLIPModel
 
 from emoji import clip, diffusion, pretrain, scenes, trainer, variants
 import prompts
+from processes import RunStopped
 from rewards import clip_top1, get_reward
 from sample import encode_prompts, load_pipeline, sample_trajectories
 
@@ -108,6 +110,21 @@ def test_the_clip_recognises_what_the_model_draws():
     generator, half = torch.Generator().manual_seed(0), nouns[::2]
     images = sample_trajectories(pipeline, half, 10, 4.0, generator=generator).images
     assert clip_top1(images, half, nouns).float().mean() >= 0.91  # 0.96, less two standard errors
+
+
+def test_a_stage_that_was_made_with_other_settings_is_refused(tmp_path):
+    config = pretrain.Config(work=str(tmp_path), vae_steps=1, save_every=1)
+    loss_fn = lambda model: model(torch.ones(1, 3, device=trainer.device())).square().mean()
+    trainer.train("vae", config, torch.nn.Linear(3, 1), loss_fn)
+    assert trainer.finished("vae", config, torch.nn.Linear(3, 1))
+    config.unet_lr, config.vae_steps = 0.5, 2  # another stage's; and it may go on
+    assert not trainer.finished("vae", config, torch.nn.Linear(3, 1))
+    for name, value in (("vae_lr", 0.5), ("seed", 7), ("vae_batch", 8)):
+        other = pretrain.Config(**vars(config) | {name: value})
+        flag = f"^--{name.replace('_', '-')} {value}: .*vae.pt was made with "
+        for stage in (trainer.finished, trainer.train):
+            with pytest.raises(RunStopped, match=flag):
+                stage("vae", other, torch.nn.Linear(3, 1), *[loss_fn] * (stage is trainer.train))
 
 
 def test_no_text_is_unknown_to_the_tokenizer():
@@ -205,7 +222,7 @@ def test_recoloured_pictures_keep_their_shapes_and_the_others_everything():
     chosen = torch.arange(40) % 2 == 0
     torch.manual_seed(0)
     recoloured = clip.recolour(pixels, chosen)
-    assert torch.equal(recoloured[~chosen], pixels[~chosen])
+    assert torch.equal(recoloured[~chosen], pixels[~chosen]) and recoloured.abs().max() < 1.001
     grey = (recoloured.std(1) < 1e-5).all((1, 2))
     assert 4 <= grey[chosen].sum() <= 16 and not grey[~chosen].any()
 
@@ -404,3 +421,237 @@ def test_an_export_is_a_model_of_the_networks_that_were_given(tmp_path):
     images = torch.tensor(pictures).permute(0, 3, 1, 2)
     scores = [get_reward(f"clip={folder}/clip", "cpu")(images, captions) for folder in (config.out, shipped)]
     torch.testing.assert_close(*scores, rtol=0, atol=1e-4)
+
+
+def test_a_digit_beside_counted_animals_tells_nothing_of_their_number(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(scenes, "draw_counted", lambda rng, sprites, noun, count, glyph:
+                        drawn.append((count, glyph)) or np.zeros((64, 64, 3), np.uint8))
+    scenes.draw_scenes(1000, seed=0, kind="count")
+    beside = [(count, int(glyph)) for count, glyph in drawn if glyph]
+    assert 0.25 < len(beside) / 1000 < 0.35  # three in ten
+    right = np.mean([count == digit for count, digit in beside])
+    assert len(set(beside)) == 36 and 0.1 < right < 0.25
+
+
+def test_a_caption_names_the_background_that_is_drawn(monkeypatch):
+    drawn, draw = [], scenes.draw_background
+    monkeypatch.setattr(scenes, "draw_background", lambda rng, *background: (
+        drawn.append(background) or draw(rng, *background)))
+    _, captions = scenes.draw_scenes(100, seed=0, kind="background")
+    for caption, (pattern, colour) in zip(captions, drawn, strict=True):
+        named = f"{scenes.with_article(colour)} {scenes.PATTERNS[pattern]}background"
+        assert caption.endswith(f" on {named}"), caption
+
+
+def test_a_pair_is_an_animal_with_a_thing_on_either_side_of_it(monkeypatch):
+    centres, paste = [], scenes.paste
+    monkeypatch.setattr(scenes, "paste", lambda *drawing: (
+        centres.append(drawing[-1][0]) or paste(*drawing)))
+    animals = {*with_articles("animals"), *with_articles("held_out_animals")}
+    for caption in scenes.draw_scenes(100, seed=0, kind="pair")[1]:
+        first, second = caption.split(" with ")
+        assert first in animals and second in with_articles("objects")
+    on_the_left = [animal < 0.5 < thing for animal, thing in zip(centres[::2], centres[1::2])]
+    assert 30 < sum(on_the_left) < 70
+
+
+def test_the_corner_of_a_counting_card_is_kept_free_of_animals():
+    block = Image.new("RGBA", (64, 64), (255, 0, 255, 255))  # no background's colour
+    for seed in range(20):
+        picture = scenes.draw_counted(np.random.default_rng(seed), {"cat": [block] * 4}, "cat",
+                                      seed % 6 + 1, "3", corner=True)
+        magenta = np.abs(picture - (255.0, 0, 255)).max(-1) < 30
+        assert magenta.any() and not magenta[48:62, 48:62].any(), seed
+
+
+def test_bytes_become_pixels_and_bytes_again():
+    pictures = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    pixels = trainer.to_pixels(pictures)
+    assert pixels.shape == (1, 3, 16, 16) and pixels.aminmax() == (-1, 1)
+    for off in (-0.4, 0.4):  # to the nearest, and not beyond 255
+        again = trainer.to_bytes(pixels + off / 127.5).cpu()
+        assert np.array_equal(again.permute(0, 2, 3, 1).numpy(), pictures)
+    assert trainer.to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_a_stage_may_average_its_weights_in_its_own_way(tmp_path):
+    for ema, newest in ((0.0, True), (0.5, False)):
+        (tmp_path / str(ema)).mkdir()
+        config = pretrain.Config(work=str(tmp_path / str(ema)), flow_steps=3, flow_lr=0.1,
+                                 flow_ema=ema)
+        weights = trainer.train("flow", config, torch.nn.Linear(3, 1), lambda model: (
+            model(torch.ones(8, 3, device=trainer.device())) - 9).square().mean()).state_dict()
+        saved = torch.load(tmp_path / str(ema) / "flow.pt", map_location=trainer.device())["model"]
+        assert torch.equal(weights["weight"], saved["weight"]) == newest
+
+
+def test_a_stages_gradient_is_cut_to_a_norm_of_one(tmp_path, monkeypatch):
+    norms, AdamW = [], torch.optim.AdamW
+
+    class Recorded(AdamW):
+        def step(self, *_):
+            grads = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+            norms.append(torch.cat(grads).norm().item())
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    config = pretrain.Config(work=str(tmp_path), vae_steps=2)
+    trainer.train("vae", config, torch.nn.Linear(3, 1), lambda model: 1000 * model(
+        torch.ones(8, 3, device=trainer.device())).square().mean())
+    assert norms == pytest.approx([1.0, 1.0], rel=1e-3)
+
+
+def loss_of_stage(stage, module, monkeypatch):
+    """The loss that a stage gives to `train`, and the model, which is not trained."""
+    given = []
+    monkeypatch.setattr(module, "train", lambda name, config, model, loss_fn, evaluate: (
+        given.append((loss_fn, model))))
+    monkeypatch.setattr(module, "finished", lambda *_: False)
+    stage()
+    return given[0]
+
+
+def test_the_flow_model_learns_the_velocity_of_its_teachers_picture_at_its_own_times(
+        tmp_path, monkeypatch):
+    """A teacher that knows its one latent, so the velocity is (x − x_0) / t, whatever the noise."""
+    device, times, said = trainer.device(), [], []
+    clean = torch.full((1, 8, 16, 16), 0.7, device=device)
+    scheduler = diffusion.build_scheduler()
+    alpha_bar = scheduler.alphas_cumprod.to(device).double()
+    of_noise = ((1 - alpha_bar) / alpha_bar).log()  # which the timesteps between are linear in
+
+    def teacher(x, timesteps, _):
+        below, above = of_noise[timesteps.floor().long()], of_noise[timesteps.ceil().long()]
+        level = torch.lerp(below, above, timesteps.double() % 1).view(-1, 1, 1, 1)
+        noise = (x - (-level).sigmoid().sqrt() * clean) / level.sigmoid().sqrt()
+        return SimpleNamespace(sample=noise)
+
+    def model(x, timesteps, embeds):
+        times.extend((timesteps / 1000).tolist())
+        said.append(embeds.mean().item())
+        return SimpleNamespace(sample=(x - clean) / (timesteps / 1000).view(-1, 1, 1, 1))
+
+    teacher.state_dict = diffusion.build_unet().state_dict
+    monkeypatch.setattr(variants, "load_pipeline", lambda _: SimpleNamespace(
+        unet=teacher, vae=None, scheduler=scheduler, text_encoder=None, tokenizer=None))
+    captions = torch.arange(2.0, device=device)[:, None], torch.zeros(1, dtype=torch.long), 1
+    for name, value in (("match_time_embedding", None), ("encode_pictures", clean),
+                        ("encode_captions", captions)):
+        monkeypatch.setattr(variants, name, lambda *_, value=value: value)
+    monkeypatch.setattr(scenes, "draw_scenes", lambda *_: (None, None))
+    config = pretrain.Config(work=str(tmp_path), flow_batch=512)
+    loss_fn, _ = loss_of_stage(lambda: variants.train_flow(config), variants, monkeypatch)
+    torch.manual_seed(0)
+    assert loss_fn(model) < 1e-4
+    quantiles = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75]))
+    expected = torch.tensor([2 * t / (1 + t) for t in (0.25, 0.5, 0.75)])  # its shift is 2
+    torch.testing.assert_close(quantiles, expected, rtol=0, atol=0.01)
+    assert said[0] == pytest.approx(2 * config.caption_dropout, abs=0.06)  # the empty caption
+
+
+def test_a_fake_costs_clip_the_less_the_less_it_is_like_one_caption(tmp_path, monkeypatch):
+    names = with_articles()[:9]
+    monkeypatch.setattr(scenes, "draw_scenes", lambda *_, **__: (
+        np.zeros((9, 64, 64, 3), np.uint8), names))
+    tokenizer = load_pipeline("models/emoji", trainer.device()).tokenizer
+    config = pretrain.Config(work=str(tmp_path), judge_batch=9)
+    loss_fn, network = loss_of_stage(lambda: clip.train_clip(
+        config, tokenizer, "judge", clip.build_clip(tokenizer)), clip, monkeypatch)
+    trained = {name.split(".")[0] for name, p in network.named_parameters() if p.requires_grad}
+    assert trained == {"vision_model", "visual_projection", "logit_scale"}  # the texts stay
+
+    directions = torch.eye(10, device=trainer.device())
+    monkeypatch.setattr(torch, "randint", lambda *_: torch.arange(9))  # each picture once
+    for name in ("fake", "spoil", "near_misses"):
+        monkeypatch.setattr(clip, name, lambda unchanged: unchanged)
+
+    def loss_where_fakes_are(direction):
+        def embed(_, pixels, ids):
+            said = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            texts = directions[[names.index(text) for text in said]]
+            return torch.cat([texts[:9], directions[direction].expand(3, 10)]), texts
+
+        monkeypatch.setattr(clip, "clip_embed", embed)
+        scale = torch.tensor(2.0, device=trainer.device())
+        return loss_fn(SimpleNamespace(logit_scale=scale)).item()
+
+    like_none, like_another = loss_where_fakes_are(9), loss_where_fakes_are(8)
+    assert like_none < like_another < loss_where_fakes_are(0)  # 0: for one of three its own
+
+
+def test_a_decoder_that_is_trained_further_leaves_its_latents_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "draw_scenes", lambda *_: (np.zeros((2, 64, 64, 3), np.uint8), []))
+    for name, encoder in (("vae", True), ("decoder", False)):
+        config = pretrain.Config(work=str(tmp_path))
+        given = None if name == "vae" else diffusion.build_vae().requires_grad_(False)
+        with monkeypatch.context() as patch:
+            _, vae = loss_of_stage(
+                lambda: diffusion.train_vae(config, name, given), diffusion, patch)
+        assert all(p.requires_grad for p in vae.decoder.parameters())
+        assert all(p.requires_grad == encoder for p in vae.encoder.parameters())
+
+
+def test_the_report_of_a_model_has_the_psnr_of_pixels_from_minus_one_to_one(tmp_path, monkeypatch):
+    vae = SimpleNamespace(dtype=torch.float32,
+                          encode=lambda pixels: SimpleNamespace(latents=pixels),
+                          decode=lambda x: SimpleNamespace(sample=x - 0.1 * x.sign()))
+    monkeypatch.setattr(pretrain, "load_pipeline", lambda _: SimpleNamespace(vae=vae))
+    seen = []
+    for name in ("clip_top1", "recognised"):
+        monkeypatch.setattr(pretrain, name, lambda images, *_, **__: (
+            seen.append(images.float()) or torch.ones(len(images))))
+    monkeypatch.setattr(pretrain, "draw", lambda _, prompts, *__: (
+        torch.zeros(len(prompts), 3, 8, 8, dtype=torch.uint8)))
+    figures = pretrain.report(tmp_path, images_per_noun=1, scene_count=4)
+    assert figures["vae_psnr"] == round(10 * math.log10(2**2 / 0.1**2), 2)
+    assert figures == json.loads((tmp_path / "figures.json").read_text())
+    plain, grey, faked = seen[:3]
+    assert (grey - plain.mean(1, keepdim=True)).abs().max() <= 0.5 and not torch.equal(faked, plain)
+
+
+def test_a_flow_models_time_is_matched_with_the_timestep_of_its_signal_to_noise_at_all_times():
+    alpha_bar, told, asked = diffusion.build_scheduler().alphas_cumprod, [], []
+    teacher = SimpleNamespace(time_proj=lambda timesteps: told.append(timesteps),
+                              time_embedding=lambda _: torch.ones(512, 1))
+    student = SimpleNamespace(time_proj=lambda times: asked.append(times) or times[:, None] / 1000,
+                              time_embedding=torch.nn.Linear(1, 1))
+    variants.match_time_embedding(student, teacher, alpha_bar, steps=10)
+    t = torch.cat(asked) / 1000
+    assert t.min() < 0.03 and t.max() > 0.99 and t.mean().item() == pytest.approx(0.51, abs=0.02)
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    inside = t < (noise / (signal + noise)).max()  # beyond it the teacher has no timestep
+    known = torch.cat(told)[inside].round().long().clamp(0, 999)
+    matched = (noise / (signal + noise))[known]
+    torch.testing.assert_close(matched, t[inside], rtol=0, atol=0.02)
+
+
+def test_a_vae_learns_latents_of_unit_variance_that_decode_alike_with_a_little_noise(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "draw_scenes", lambda *_: (np.zeros((2, 64, 64, 3), np.uint8), []))
+    config = pretrain.Config(work=str(tmp_path), vae_batch=64)
+    loss_fn, _ = loss_of_stage(lambda: diffusion.train_vae(config), diffusion, monkeypatch)
+    torch.manual_seed(0)
+    losses, noise = [], []
+    for std in (1.0, 2.0, 0.5):
+        latents = std * torch.randn(64, 8, 16, 16, device=trainer.device())
+
+        def decode(noisy, latents=latents):
+            noise.append((noisy - latents).std().item())
+            return SimpleNamespace(sample=-torch.ones(64, 3, 64, 64, device=trainer.device()))
+
+        encoded = SimpleNamespace(latents=latents)
+        losses.append(loss_fn(SimpleNamespace(
+            encode=lambda _, encoded=encoded: encoded, decode=decode)).item())
+    assert losses[0] < 1e-3  # what is decoded here is right
+    assert losses[1:] == pytest.approx([0.02 * math.log(4) ** 2] * 2, rel=0.05)
+    assert noise == pytest.approx([0.05] * 3, rel=0.05)
+
+
+def test_scenes_are_of_all_kinds_in_their_shares():
+    captions = scenes.draw_scenes(400, seed=0)[1]
+    shares = {"background": 0.18, " with ": 0.2, tuple(scenes.NUMBERS): 0.17}
+    for words, share in shares.items():
+        found = sum(caption.startswith(words) if isinstance(words, tuple) else words in caption
+                    for caption in captions)
+        assert found / 400 == pytest.approx(share, abs=0.07), words

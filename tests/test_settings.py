@@ -3,8 +3,10 @@
 import re
 from dataclasses import fields
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ddpo
 import settings
@@ -54,6 +56,9 @@ def test_each_process_has_whole_groups_and_batches(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given, says", [
     (dict(seed=2**63), "must be below 2"), (dict(ema=1.0), "must be 0 .none. or below 1"),
     (dict(reward="mine.py:score_std"), "a name that ends in _std"), (dict(patience=0), "must be at least 1"),
+    (dict(guidance_scale=0.5), "at least 1, which is none"),
+    (dict(sampler="ddim", eta=1e-20), "must be 0, or at least 0.001"),
+    (dict(resolution=100000), "at most 8192"),
     (dict(checkpoint_every=0), "must be at least 1"), (dict(warmup=-1), "must not be negative"),
     (dict(weight_decay=-0.1), "must not be negative"), (dict(guard=-1.0), "must not be negative"),
     (dict(grad_clip=0.0), "must be above 0"), (dict(window="0:4", window_shift="7/1"), "cannot move so far")])
@@ -63,6 +68,27 @@ def test_a_setting_out_of_its_range_is_named_with_its_value(tmp_path, given, say
     with pytest.raises(ValueError, match=f"^{re.escape(flag)}.*{says}") as error:
         ddpo.check(ddpo.Config(device="cpu", out=str(tmp_path), **given))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [
+    dict(RANK="1"), dict(RANK="x"), dict(WORLD_SIZE=""), dict(WORLD_SIZE="0"),
+    dict(WORLD_SIZE="2", RANK="2")])
+def test_a_place_among_processes_that_cannot_be_is_one_line(given, monkeypatch, capsys):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        ddpo.main(["--reward", "compress"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.splitlines()) == 1
+    names = [name for name in ("RANK", "WORLD_SIZE") if name in given]
+    assert error.startswith(" ".join(f"{name}={given[name]}" for name in names) + ": ")
+
+
+def test_a_share_of_the_steps_is_not_rounded_up_by_a_rounding_error(monkeypatch):
+    monkeypatch.setattr(ddpo, "epoch_table", lambda config, *_: (torch.zeros(50, 4), torch.arange(50)))
+    for share, steps in ((0.14, 7), (0.28, 14), (0.141, 8), (0.001, 1), (1.0, 50)):  # 0.14 · 50 > 7
+        run = SimpleNamespace(config=ddpo.Config(train_first=share, updates=1), pipeline=None, device="cpu")
+        assert len(ddpo.epoch_steps(run, 1)[1]) == steps
 
 
 def test_weights_that_move_are_not_put_into_a_graph(monkeypatch):

@@ -332,6 +332,7 @@ def test_equal_step_weights_take_out_what_the_schedule_multiplies_a_steps_gradie
     torch.testing.assert_close(weighted * gradient, torch.full((20,), (weighted * gradient)[0].item()))
     assert weighted.mean().item() == pytest.approx(1)
     assert step_weights(table, steps, "none").tolist() == [1] * 20
+    assert step_weights(table, steps[:5], "equal")[:5].mean().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -405,3 +406,34 @@ def test_of_several_variants_fp16_is_loaded_and_plain_weights_before_any(tmp_pat
                           ("model.safetensors", None)):
         (tmp_path / name).touch()
         assert find_variant(tmp_path) == variant
+
+
+def test_the_scales_that_other_trainers_save_beside_an_adapter_do_not_count_as_its_weights(
+        epsilon_model, tmp_path):
+    pipeline, config = load_pipeline(epsilon_model, "cpu"), Config(lora_rank=4)
+    make_trainable(pipeline.unet, config)
+    save_weights(pipeline, config, tmp_path)
+    file, theirs = tmp_path / "pytorch_lora_weights.safetensors", {}
+    for key, value in load_file(file).items():  # as kohya's scripts name them
+        layer, _, matrix = key.removeprefix("unet.").partition(".lora_")
+        layer = "lora_unet_" + layer.replace(".", "_")
+        theirs[f"{layer}.lora_{'down' if matrix.startswith('A') else 'up'}.weight"] = value
+        theirs[f"{layer}.alpha"] = torch.tensor(4.0)
+    save_file(theirs, file)
+    tuned = load_pipeline(epsilon_model, "cpu", lora=tmp_path).unet.state_dict()
+    assert sum(".tuned." in key for key in tuned) == len(theirs) * 2 // 3
+
+
+def test_an_adapter_starts_the_same_for_a_seed_and_otherwise_for_another(epsilon_model):
+    def adapter(seed):
+        unet = load_pipeline(epsilon_model, "cpu").unet
+        parameters = make_trainable(unet, Config(lora_rank=2, seed=seed))
+        return torch.cat([p.flatten() for p in parameters])
+
+    assert torch.equal(adapter(3), adapter(3)) and not torch.equal(adapter(3), adapter(4))
+
+
+def test_a_loaded_model_is_frozen(epsilon_model):
+    pipeline = load_pipeline(epsilon_model, "cpu")
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert not module.training and not any(p.requires_grad for p in module.parameters())

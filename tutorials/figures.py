@@ -5,6 +5,7 @@ then its figures are drawn from the names in its namespace.
     python tutorials/figures.py 1 3      those of tutorials 1 and 3
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -312,9 +313,15 @@ DRAW = {  # by the tutorial's number: what draws its figures
 }
 
 if __name__ == "__main__":
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("tutorials", nargs="*", metavar="NUMBER", help=f"of {', '.join(DRAW)} (default: all)")
+    numbers = parser.parse_args().tutorials or [*DRAW]
+    if unknown := set(numbers) - set(DRAW):
+        parser.error(f"{', '.join(unknown)}: no figures are drawn from it; choose {', '.join(DRAW)}")
     os.chdir(ROOT)
     FOLDER.mkdir(exist_ok=True)
-    for number in sys.argv[1:] or DRAW:
+    for number in numbers:
         path, = (ROOT / "tutorials").glob(f"{number}_*.md")
         DRAW[number](run(path))
         print(*sorted(file.name for file in FOLDER.glob(f"{number}_*.png")))
