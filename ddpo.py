@@ -45,14 +45,14 @@ class Config(Settings):
     algorithm: str = "is"  # is, sf: the estimator
     advantages: str = "group"  # prompt (a buffer for each, as in the paper), group (the pictures of
         # one prompt in an epoch), batch
-    buffer_size: int = 32  # rewards remembered for each prompt
-    min_count: int = 16  # rewards of a prompt before its own statistics replace the batch's
+    buffer_size: int = 32  # rewards remembered for each prompt (prompt)
+    min_count: int = 16  # rewards of a prompt before its own statistics replace the batch's (prompt)
     advantage_clip: float = 5.0  # largest |A|, of each component of a mixture
     train_first: float = 0.5  # share of the steps, from the first on, that are trained: they decide
         # the content of a picture, the others its sharpness
     timestep_fraction: float = 1.0  # share of these that is trained for each picture, drawn anew
     step_weights: str = "none"  # equal: every step has the same share of the gradient
-    clip_range: float = 1e-4  # of the ratio, for latents of 4x64x64, see clip_range_for
+    clip_range: float = 1e-4  # of the ratio, for latents of 4x64x64, see clip_range_for (is)
     kl: float = 0.0  # weight of the divergence from the base model, see kl_loss
 
 

@@ -48,6 +48,8 @@ def default_device():
 def usable_device(device):
     """torch.device(device). Raises ValueError, one line, for one that cannot be used on this machine."""
     try:
+        if torch.device(device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("of another type")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: cannot be used here ({first_line(error)}); choose cpu, "

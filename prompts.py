@@ -144,6 +144,8 @@ if __name__ == "__main__":
     parser.add_argument("-n", type=int, default=10, help="how many (default 10)")
     parser.add_argument("--seed", type=int, default=None, help="the same seed: the same sample")
     args = parser.parse_args()
+    if args.n < 1:
+        parser.exit(2, f"-n {args.n}: must be at least 1\n")
     if args.seed is not None and not 0 <= args.seed < 2**63:
         parser.exit(2, f"--seed {args.seed}: must be at least 0 and below 2**63\n")
     try:

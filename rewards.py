@@ -344,7 +344,11 @@ if __name__ == "__main__":
     parser.add_argument("--device", help="of the rewards' models (default: cuda, or else cpu)")
     args = parser.parse_args()
     try:
-        rewards = {name: get_reward(name, args.device) for name in parse_reward(args.reward)}
+        names = parse_reward(args.reward)
+        for name in names:
+            if not args.prompt and ".py:" not in name and name not in ("compress", "incompress", "aesthetic"):
+                raise ValueError(f"--reward {name}: needs a --prompt, what the pictures should show")
+        rewards = {name: get_reward(name, args.device) for name in names}
         for file in args.pictures:
             try:
                 picture = open_picture(file)[None]

@@ -377,7 +377,7 @@ def drawing_settings(args):
                          "strength it is")
     args.lora_scale = args.lora_scale or [1.0]
     if not all(map(math.isfinite, args.lora_scale)):
-        raise ValueError(f"--lora-scale {' '.join(map(str, args.lora_scale))}: must be numbers, 0 to 1")
+        raise ValueError(f"--lora-scale {' '.join(map(str, args.lora_scale))}: must be numbers")
     run = run_settings(args.lora)
     model = args.model or run.get("model", "models/emoji")
     run = DRAWING | {"steps": 10 if is_emoji(model) else 50} | run | {"model": model}
@@ -404,8 +404,8 @@ def main(arguments=None):
                         "the tuned one's, as the run drew them in its evaluations")
     parser.add_argument("--model", help="a pipeline folder in diffusers' layout, or a hub id (default: "
                         "the run's, or models/emoji)")
-    parser.add_argument("--lora-scale", type=float, nargs="+", help="strengths of what was trained, 0 to 1 "
-                        "(default 1); several: one below the other")
+    parser.add_argument("--lora-scale", type=float, nargs="+", help="strengths of what was trained: 0 is "
+                        "the base model, 1 as trained (default 1); several: one below the other")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
     parser.add_argument("--batch", type=int, help="pictures drawn at once (default: the run's, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default 0)")

@@ -297,8 +297,11 @@ def check_machine(config):
 
 def try_kernels(config):
     """One step of one number. Triton compiles a launcher when it first runs, which needs a C compiler."""
-    if not kernels.use_triton(torch.empty(0, device=config.device)):  # ValueError: triton cannot be at all
-        return
+    try:
+        if not kernels.use_triton(torch.empty(0, device=config.device)):
+            return
+    except ValueError:
+        refuse(config, "kernels", "needs triton installed, and a GPU; choose auto or torch")
     number = torch.zeros(1, 1, 1, 1, device=config.device)
     try:
         fused_ddim_step(number, number, torch.ones(4, device=config.device), noise=number)

@@ -26,9 +26,10 @@ def auto_backend(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def small_curves(monkeypatch):
-    """A run in a process of its own draws rewards.png. In the tests' process the picture is small: to
-    draw it takes as long as a tiny epoch."""
+def quick_folders(monkeypatch):
+    """A run in a process of its own draws rewards.png and waits for the disk. In the tests' process the
+    picture is small and nothing waits: both take as long as a tiny epoch."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     if "training" in sys.modules:
         from run_folder import write_whole
 

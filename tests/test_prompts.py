@@ -200,6 +200,10 @@ def test_the_command_line_shows_the_sample_of_its_seed(monkeypatch, capsys):
     animals = load_prompts("animals")
     drawn = sample_prompts(animals, 5, torch.Generator().manual_seed(3))
     assert capsys.readouterr().out.splitlines() == [*drawn, f"# 5 of {len(animals)} prompts"]
+    monkeypatch.setattr(sys, "argv", ["prompts.py", "animals", "-n", "0"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(prompts.__file__, run_name="__main__")
+    assert capsys.readouterr().err == "-n 0: must be at least 1\n"
 
 
 def test_a_set_of_one_number_is_of_the_number_that_it_is_named_after():
