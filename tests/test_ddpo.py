@@ -22,15 +22,7 @@ import ddpo
 import models
 import processes
 import scripts
-from ddpo import (
-    Config,
-    PromptStats,
-    batch_advantages,
-    clip_range_for,
-    group_advantages,
-    is_loss,
-    sf_loss,
-)
+from ddpo import Config, PromptStats, batch_advantages, clip_range_for, group_advantages, is_loss, sf_loss
 from models import default_dtype
 from scripts import finish, flags, numbers
 from run_folder import load_checkpoint, read_metrics, save_checkpoint, save_weights
@@ -39,21 +31,8 @@ from stable_diffusion import small_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
-    model=small_model(),
-    preset="emoji",
-    images=8,
-    sample_batch=4,
-    train_batch=4,
-    steps=4,
-    epochs=2,
-    eval_images=4,
-    eval_every=1,
-    group_size=2,
-    watch="",
-    updates=2,
-    lora_rank=8,
-    lr=3e-3,
-    device="cpu",
+    model=small_model(), preset="emoji", images=8, sample_batch=4, train_batch=4, steps=4, epochs=2,
+    eval_images=4, eval_every=1, group_size=2, watch="", updates=2, lora_rank=8, lr=3e-3, device="cpu",
 )
 
 
@@ -124,9 +103,7 @@ def test_the_clip_stops_a_picture_that_has_moved_far_enough_and_only_then():
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
     loss = is_loss(log_ratio, torch.zeros_like(advantages), advantages, 0.1)
     ratio = log_ratio.exp()
-    expected = torch.stack(
-        [-torch.tensor(1.1), ratio[1], -ratio[2], torch.tensor(0.9), -ratio[4]]
-    ).double()
+    expected = torch.stack([-torch.tensor(1.1), ratio[1], -ratio[2], torch.tensor(0.9), -ratio[4]]).double()
     torch.testing.assert_close(loss, expected)
     (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
     torch.testing.assert_close(
@@ -141,17 +118,10 @@ def test_the_clip_range_means_the_same_nats_for_every_latent():
 
 def test_the_public_signatures_are_these():
     assert list(inspect.signature(is_loss).parameters) == [
-        "log_prob",
-        "old_log_prob",
-        "advantages",
-        "clip_range",
+        "log_prob", "old_log_prob", "advantages", "clip_range",
     ]
     assert list(inspect.signature(PromptStats).parameters) == ["buffer_size", "min_count"]
-    assert list(inspect.signature(PromptStats.advantages).parameters) == [
-        "self",
-        "prompts",
-        "rewards",
-    ]
+    assert list(inspect.signature(PromptStats.advantages).parameters) == ["self", "prompts", "rewards"]
 
 
 @pytest.fixture(scope="module")
@@ -168,17 +138,8 @@ def test_a_run_leaves_what_the_readme_says(run):
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
     assert {
-        "images",
-        "reward_mean",
-        "reward_std",
-        "loss",
-        "approx_kl",
-        "clip_fraction",
-        "ratio_error",
-        "grad_norm",
-        "seconds",
-        "images_per_second",
-        "eval_reward",
+        "images", "reward_mean", "reward_std", "loss", "approx_kl", "clip_fraction", "ratio_error",
+        "grad_norm", "seconds", "images_per_second", "eval_reward",
     } <= set(rows[-1])
     for name in (
         "config.json",
@@ -210,9 +171,7 @@ def test_the_ratio_is_one_before_the_first_update(tmp_path, settings):
     ],
 )
 def test_every_variant_runs_and_changes_the_weights(tmp_path, settings):
-    folder = ddpo.train(
-        Config(out=str(tmp_path), name="variant", **SMALL | dict(epochs=1) | settings)
-    )
+    folder = ddpo.train(Config(out=str(tmp_path), name="variant", **SMALL | dict(epochs=1) | settings))
     assert read_metrics(folder / "metrics.jsonl")[1]["grad_norm"] > 0
     if settings.get("lora_rank") == 0:
         tuned, base = (
@@ -249,9 +208,7 @@ def test_the_triton_kernels_give_the_same_training_curve(tmp_path, monkeypatch):
         ]
         assert [row["ratio_error"] for row in numbers(folder)[1:]] == [0.0, 0.0]
     for torch_row, triton_row in zip(rows["torch"], rows["triton"]):
-        assert triton_row == pytest.approx(
-            torch_row, rel=2e-2, abs=2e-5
-        )  # Adam magnifies the last bits
+        assert triton_row == pytest.approx(torch_row, rel=2e-2, abs=2e-5)  # Adam magnifies the last bits
 
 
 def test_a_short_run_raises_its_reward_beyond_chance(tmp_path):
@@ -295,12 +252,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_numbers(run, tm
         time.sleep(moments.uniform(5, 8))
     code, _, err = finish(process)
     assert code == 0, err
-    resumed, whole = load_checkpoint(tmp_path / "compress/checkpoint"), load_checkpoint(
-        run / "checkpoint"
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(resumed["parameters"], whole["parameters"], strict=True)
-    )
+    resumed, whole = load_checkpoint(tmp_path / "compress/checkpoint"), load_checkpoint(run / "checkpoint")
+    assert all(torch.equal(a, b) for a, b in zip(resumed["parameters"], whole["parameters"], strict=True))
     assert numbers(tmp_path / "compress") == numbers(run)
 
 
@@ -316,9 +269,7 @@ seen.log_counts = {"pictures": 0}
 def test_what_a_reward_counts_is_of_each_epochs_pictures_also_after_a_resume(tmp_path):
     (tmp_path / "seen.py").write_text(COUNTING)
     config = Config(
-        out=str(tmp_path),
-        reward="compress",
-        **SMALL | dict(watch=f"{tmp_path}/seen.py:seen", epochs=1),
+        out=str(tmp_path), reward="compress", **SMALL | dict(watch=f"{tmp_path}/seen.py:seen", epochs=1)
     )
     folder = ddpo.train(config)
     ddpo.train(dataclasses.replace(config, epochs=2), resume=True)
@@ -331,14 +282,8 @@ def test_what_a_reward_counts_is_of_each_epochs_pictures_also_after_a_resume(tmp
 def test_two_processes_train_like_one(tmp_path):
     (tmp_path / "seen.py").write_text(COUNTING)
     settings = SMALL | dict(
-        dtype="fp32",
-        sample_batch=2,
-        train_batch=2,
-        lr=1e-4,
-        warmup=0,
-        advantages="prompt",
-        min_count=2,
-        watch=f"{tmp_path}/seen.py:seen",
+        dtype="fp32", sample_batch=2, train_batch=2, lr=1e-4, warmup=0, advantages="prompt",
+        min_count=2, watch=f"{tmp_path}/seen.py:seen",
     )
     split = start("--reward", "compress", processes=2, **settings | dict(out=tmp_path, name="split"))
     ddpo.train(Config(reward="compress", **settings | dict(out=str(tmp_path), name="whole")))
@@ -346,10 +291,7 @@ def test_two_processes_train_like_one(tmp_path):
     assert code == 0, err
     whole, split = (load_checkpoint(tmp_path / name / "checkpoint") for name in ("whole", "split"))
     difference = torch.cat(
-        [
-            (a - b).abs().flatten()
-            for a, b in zip(split["parameters"], whole["parameters"], strict=True)
-        ]
+        [(a - b).abs().flatten() for a, b in zip(split["parameters"], whole["parameters"], strict=True)]
     )
     assert (
         difference.max() <= 1e-5 and difference.mean() <= 1e-7
@@ -386,9 +328,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
     )  # the system refuses to write on, as when a disk is full
     try:
         with pytest.raises(OSError, match="make room, then --resume"):
-            save_checkpoint(
-                tmp_path / "checkpoint", {"epoch": 2, "parameters": [torch.zeros(1_000_000)]}
-            )
+            save_checkpoint(tmp_path / "checkpoint", {"epoch": 2, "parameters": [torch.zeros(1_000_000)]})
         with pytest.raises(OSError, match="make room, then --resume"):
             save_weights(pipeline, Config(lora_rank=0), tmp_path)
         with pytest.raises(
@@ -406,11 +346,7 @@ def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
     def draw(pipeline):
         noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         return pipeline(
-            ["a cat", "a fox"],
-            num_inference_steps=5,
-            guidance_scale=4.0,
-            latents=noise,
-            output_type="pt",
+            ["a cat", "a fox"], num_inference_steps=5, guidance_scale=4.0, latents=noise, output_type="pt"
         ).images
 
     plain = StableDiffusionPipeline.from_pretrained(small_model(), torch_dtype=torch.float32)
@@ -485,23 +421,14 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
     if "BENT" in arguments:
         shutil.copytree(ROOT / "models/emoji", tmp_path / "bent")
         config = tmp_path / "bent/scheduler/scheduler_config.json"
-        config.write_text(
-            config.read_text().replace('"thresholding": false', '"thresholding": true')
-        )
-    places = {
-        "EMPTY": "empty.txt",
-        "WRONG_SHAPE": "bad.py:shape",
-        "NAN": "bad.py:nan",
-        "BENT": "bent",
-    }
+        config.write_text(config.read_text().replace('"thresholding": false', '"thresholding": true'))
+    places = {"EMPTY": "empty.txt", "WRONG_SHAPE": "bad.py:shape", "NAN": "bad.py:nan", "BENT": "bent"}
     arguments = [str(tmp_path / places[word]) if word in places else word for word in arguments]
     if arguments[0] != "--resume":
         safe = dict(
             out=tmp_path / "runs", epochs=1, steps=2, device="cpu"
         )  # should a check fail, what starts ends soon
-        arguments += flags(
-            **{key: value for key, value in safe.items() if f"--{key}" not in arguments}
-        )
+        arguments += flags(**{key: value for key, value in safe.items() if f"--{key}" not in arguments})
     with pytest.raises(SystemExit) as stop:
         ddpo.main(arguments)
     err = capsys.readouterr().err
@@ -509,9 +436,7 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(
     assert not (tmp_path / "runs").exists()
 
 
-def test_each_process_needs_a_picture_to_look_at_and_takes_its_own_gpu_also_after_a_resume(
-    monkeypatch,
-):
+def test_each_process_needs_a_picture_to_look_at_and_takes_its_own_gpu_also_after_a_resume(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match="--eval-images 1: must be at least 2"):
@@ -545,11 +470,14 @@ def test_a_gpu_computes_in_fp16_but_for_flux_and_trains_in_the_batches_it_sample
         assert preset.get("dtype") == ("bf16" if "flux" in name else None)
 
 
-@pytest.mark.parametrize("error, raised", [
-    (RuntimeError("Connection closed by peer"), processes.PeerLost),
-    (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError),
-    (processes.OURS[-1]("an illegal memory access"), processes.OURS[-1]),
-])
+@pytest.mark.parametrize(
+    "error, raised",
+    [
+        (RuntimeError("Connection closed by peer"), processes.PeerLost),
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError),
+        (processes.OURS[-1]("an illegal memory access"), processes.OURS[-1]),
+    ],
+)
 def test_only_what_the_others_did_is_put_down_to_them(error, raised):
     with pytest.raises(raised), processes.peers():
         raise error
@@ -591,11 +519,7 @@ def test_a_reward_that_breaks_half_way_stops_the_run_and_names_the_picture(tmp_p
     )
     with pytest.raises(SystemExit) as stop:
         ddpo.main(
-            flags(
-                reward=tmp_path / "late.py:reward",
-                name="late",
-                **SMALL | dict(out=tmp_path, epochs=9),
-            )
+            flags(reward=tmp_path / "late.py:reward", name="late", **SMALL | dict(out=tmp_path, epochs=9))
         )
     message = str(stop.value.code)
     assert "nan" in message and "--resume" in message and len(message.splitlines()) == 1
@@ -609,6 +533,9 @@ def test_a_reward_that_breaks_half_way_stops_the_run_and_names_the_picture(tmp_p
 
 def test_a_cpu_computes_in_bf16_where_it_has_instructions_for_it(monkeypatch):
     for flags_, dtype in (("avx512f avx512_bf16", "bf16"), ("avx512f", "fp32")):
-        monkeypatch.setattr(models, "Path", lambda _, flags_=flags_: SimpleNamespace(
-            exists=lambda: True, read_text=lambda: flags_))
+        monkeypatch.setattr(
+            models,
+            "Path",
+            lambda _, flags_=flags_: SimpleNamespace(exists=lambda: True, read_text=lambda: flags_),
+        )
         assert default_dtype("cpu") == dtype and default_dtype("mps") == "fp32"

@@ -24,23 +24,9 @@ from stable_diffusion import small_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(
-    model=small_model(),
-    preset="emoji",
-    images=8,
-    sample_batch=4,
-    train_batch=4,
-    steps=3,
-    epochs=2,
-    eval_images=2,
-    eval_every=2,
-    group_size=4,
-    watch="",
-    updates=2,
-    inner_epochs=2,
-    lora_rank=8,
-    lr=3e-3,
-    warmup=0,
-    device="cpu",
+    model=small_model(), preset="emoji", images=8, sample_batch=4, train_batch=4, steps=3, epochs=2,
+    eval_images=2, eval_every=2, group_size=4, watch="", updates=2, inner_epochs=2, lora_rank=8,
+    lr=3e-3, warmup=0, device="cpu",
 )
 
 
@@ -58,12 +44,7 @@ def test_without_beta_all_count_alike_with_much_of_it_only_the_best():
     rewards = torch.tensor([0.5, 3.0, -1.0, 2.0])
     assert exp_weights(rewards, 0.0).tolist() == [1, 1, 1, 1]
     assert exp_weights(rewards, 1e6).tolist() == [0, 4, 0, 0]
-    assert exp_weights(torch.tensor([3.0, 3.0, 1.0, 2.0]), 1e6).tolist() == [
-        2,
-        2,
-        0,
-        0,
-    ]  # a tie is shared
+    assert exp_weights(torch.tensor([3.0, 3.0, 1.0, 2.0]), 1e6).tolist() == [2, 2, 0, 0]  # a tie is shared
 
 
 def test_sparse_weights_are_one_over_the_share_for_the_top_decile_and_nothing_below():
@@ -71,10 +52,7 @@ def test_sparse_weights_are_one_over_the_share_for_the_top_decile_and_nothing_be
     weights = sparse_weights(rewards, 0.1)
     torch.testing.assert_close(weights, (rewards >= 90).float() * 10)
     assert sparse_weights(torch.tensor([1.0, 5.0, 5.0, 2.0]), 0.25).tolist() == [
-        0,
-        2,
-        2,
-        0,
+        0, 2, 2, 0,
     ]  # both are at the border: both are in
     assert sparse_weights(torch.tensor([1.0, 7.0, 5.0]), 0.01).tolist() == [0, 3, 0]  # at least one
     assert sparse_weights(torch.ones(7), 0.1).tolist() == [1] * 7
@@ -88,14 +66,10 @@ def test_weights_do_not_depend_on_the_rewards_unit_and_have_mean_one(weights, pe
     config = Config(weights=weights, per_prompt=per_prompt, beta=1.5)
     result = weigh(rewards, prompts, config)
     assert result.mean().item() == pytest.approx(1)
-    torch.testing.assert_close(
-        weigh(1000 * rewards - 7, prompts, config), result, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(weigh(1000 * rewards - 7, prompts, config), result, rtol=1e-4, atol=1e-5)
     if per_prompt:
         a = torch.tensor([prompt == "a" for prompt in prompts])
-        assert result[a].mean().item() == pytest.approx(1) and result[
-            ~a
-        ].mean().item() == pytest.approx(1)
+        assert result[a].mean().item() == pytest.approx(1) and result[~a].mean().item() == pytest.approx(1)
         torch.testing.assert_close(
             weigh(rewards + 50.0 * a, prompts, config), result
         )  # that a prompt is easy is no merit
@@ -111,10 +85,7 @@ def test_beta_counts_in_standard_deviations():
 
 def test_equal_rewards_have_equal_weights():
     for weights in ("exp", "sparse"):
-        assert (
-            weigh(torch.full((6,), -2.3), ["a", "b"] * 3, Config(weights=weights)).tolist()
-            == [1] * 6
-        )
+        assert weigh(torch.full((6,), -2.3), ["a", "b"] * 3, Config(weights=weights)).tolist() == [1] * 6
 
 
 # the loss
@@ -149,9 +120,7 @@ def batch(size=4):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])
 def test_the_loss_is_that_of_diffusers_training_recipe(tiny, kind, guidance_scale):
-    schedule = dict(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind
-    )
+    schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=kind)
     clean, noise, timesteps, embeds = batch()
     empty = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(2))
     loss = denoising_loss(
@@ -181,17 +150,14 @@ def test_the_loss_is_that_of_diffusers_training_recipe(tiny, kind, guidance_scal
 
 
 def test_the_gradient_of_the_weighted_loss_is_the_weighted_sum_of_the_pictures_gradients(tiny):
-    pipeline, parameters = SimpleNamespace(unet=tiny, scheduler=DDIMScheduler()), [
-        *tiny.parameters()
-    ]
+    pipeline, parameters = SimpleNamespace(unet=tiny, scheduler=DDIMScheduler()), [*tiny.parameters()]
     inputs, weights = batch(), exp_weights(torch.tensor([0.3, 2.0, -1.0, 0.5]), 1.0)
 
     def gradient(loss):
         return torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
 
     alone = [
-        gradient(denoising_loss(pipeline, *(value[i : i + 1] for value in inputs)).sum())
-        for i in range(4)
+        gradient(denoising_loss(pipeline, *(value[i : i + 1] for value in inputs)).sum()) for i in range(4)
     ]
     together = gradient((weights * denoising_loss(pipeline, *inputs)).mean())
     torch.testing.assert_close(
@@ -216,18 +182,8 @@ def test_a_run_leaves_what_a_run_of_ddpo_leaves(run):
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     assert {
-        "images",
-        "reward_mean",
-        "reward_std",
-        "loss",
-        "grad_norm",
-        "weight_max",
-        "weight_share",
-        "seconds",
-        "seconds_sample",
-        "seconds_reward",
-        "seconds_update",
-        "images_per_second",
+        "images", "reward_mean", "reward_std", "loss", "grad_norm", "weight_max", "weight_share",
+        "seconds", "seconds_sample", "seconds_reward", "seconds_update", "images_per_second",
         "eval_reward",
     } <= set(rows[-1])
     assert 1 / 8 <= rows[-1]["weight_share"] <= 1 <= rows[-1]["weight_max"] <= 4  # of a group of 4
@@ -239,9 +195,7 @@ def test_a_run_leaves_what_a_run_of_ddpo_leaves(run):
         "checkpoint/epoch_000002.pt",
     ):
         assert (run / name).stat().st_size > 0
-    assert not {"clip_range", "algorithm", "kl"} & set(
-        json.loads((run / "config.json").read_text())
-    )
+    assert not {"clip_range", "algorithm", "kl"} & set(json.loads((run / "config.json").read_text()))
 
 
 def test_a_run_that_is_killed_ends_with_the_same_numbers(run, tmp_path):
@@ -254,21 +208,13 @@ def test_a_run_that_is_killed_ends_with_the_same_numbers(run, tmp_path):
     code, _, err = finish(start("--resume", str(folder)))
     assert code == 0, err
     resumed, whole = load_checkpoint(folder / "checkpoint"), load_checkpoint(run / "checkpoint")
-    assert all(
-        torch.equal(a, b) for a, b in zip(resumed["parameters"], whole["parameters"], strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(resumed["parameters"], whole["parameters"], strict=True))
     assert numbers(folder) == numbers(run)
 
 
 def test_two_processes_train_like_one(tmp_path):
     settings = SMALL | dict(
-        dtype="fp32",
-        sample_batch=2,
-        train_batch=2,
-        lr=1e-4,
-        epochs=1,
-        eval_every=1,
-        weights="sparse",
+        dtype="fp32", sample_batch=2, train_batch=2, lr=1e-4, epochs=1, eval_every=1, weights="sparse",
         out=str(tmp_path),
     )
     split = start("--reward", "compress", processes=2, **settings | dict(name="split"))
@@ -277,10 +223,7 @@ def test_two_processes_train_like_one(tmp_path):
     assert code == 0, err
     whole, split = (load_checkpoint(tmp_path / name / "checkpoint") for name in ("whole", "split"))
     difference = torch.cat(
-        [
-            (a - b).abs().flatten()
-            for a, b in zip(split["parameters"], whole["parameters"], strict=True)
-        ]
+        [(a - b).abs().flatten() for a, b in zip(split["parameters"], whole["parameters"], strict=True)]
     )
     assert difference.max() <= 1e-5 and difference.mean() <= 1e-7
     rows = [numbers(tmp_path / name)[1] for name in ("whole", "split")]
@@ -302,9 +245,7 @@ def test_however_the_weights_fall_a_loss_of_one_everywhere_is_one(tmp_path, monk
     monkeypatch.setattr(rwr, "denoising_loss", lambda *inputs: 1 + 0 * real(*inputs))
     folder = rwr.train(
         Config(
-            out=str(tmp_path),
-            name="constant",
-            **SMALL | dict(epochs=1, steps=2, eval_every=1) | settings,
+            out=str(tmp_path), name="constant", **SMALL | dict(epochs=1, steps=2, eval_every=1) | settings
         )
     )
     assert read_metrics(folder / "metrics.jsonl")[1]["loss"] == pytest.approx(1, abs=1e-5)
@@ -314,9 +255,7 @@ def test_it_learns_to_denoise_the_pictures_that_count(tmp_path, monkeypatch):
     seen = []
     real = rwr.weigh
     monkeypatch.setattr(
-        rwr,
-        "collect",
-        lambda run, epoch, real=rwr.collect: seen.append(real(run, epoch)) or seen[0],
+        rwr, "collect", lambda run, epoch, real=rwr.collect: seen.append(real(run, epoch)) or seen[0]
     )
     monkeypatch.setattr(rwr, "weigh", lambda *inputs: seen.append(real(*inputs)) or seen[1])
     folder = rwr.train(
@@ -338,21 +277,15 @@ def test_it_learns_to_denoise_the_pictures_that_count(tmp_path, monkeypatch):
     )
 
     def loss(pipeline):
-        embeds, empty = encode_prompts(pipeline, [prompts[i] for i in best]), encode_prompts(
-            pipeline, [""]
-        )
+        embeds, empty = encode_prompts(pipeline, [prompts[i] for i in best]), encode_prompts(pipeline, [""])
         return (
-            denoising_loss(
-                pipeline, trajectories.latents[best, -1], noise, timesteps, embeds, empty, 4.0
-            )
+            denoising_loss(pipeline, trajectories.latents[best, -1], noise, timesteps, embeds, empty, 4.0)
             .mean()
             .item()
         )
 
     with torch.no_grad():
-        assert loss(load_pipeline(device="cpu", lora=folder)) < 0.9 * loss(
-            load_pipeline(device="cpu")
-        )
+        assert loss(load_pipeline(device="cpu", lora=folder)) < 0.9 * loss(load_pipeline(device="cpu"))
 
 
 # what cannot work
@@ -385,12 +318,8 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys
     (tmp_path / "ddpo/config.json").write_text(json.dumps({"algorithm": "sf", "clip_range": 1e-4}))
     arguments = [str(tmp_path / "ddpo") if word == "DDPO" else word for word in arguments]
     if arguments[0] != "--resume":
-        safe = dict(
-            out=tmp_path / "runs", epochs=1, steps=2
-        )  # should a check fail, what starts ends soon
-        arguments += flags(
-            **{key: value for key, value in safe.items() if f"--{key}" not in arguments}
-        )
+        safe = dict(out=tmp_path / "runs", epochs=1, steps=2)  # should a check fail, what starts ends soon
+        arguments += flags(**{key: value for key, value in safe.items() if f"--{key}" not in arguments})
     with pytest.raises(SystemExit) as stop:
         rwr.main(arguments)
     err = capsys.readouterr().err
@@ -401,15 +330,16 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing_behind(tmp_path, capsys
 def test_every_preset_has_settings_that_can_work():
     for preset in rwr.PRESETS:
         config = rwr.check(rwr.parse_config(["--preset", preset, "--device", "cpu"])[0])
-        assert (
-            isinstance(config, Config) and config.images % (config.updates * config.group_size) == 0
-        )
+        assert isinstance(config, Config) and config.images % (config.updates * config.group_size) == 0
 
 
 def test_each_pass_over_the_pictures_has_its_own_noise_and_steps(tmp_path, monkeypatch):
     seen, real = [], rwr.denoising_loss
-    monkeypatch.setattr(rwr, "denoising_loss", lambda pipeline, clean, noise, *rest:
-                        seen.append(noise) or real(pipeline, clean, noise, *rest))
+    monkeypatch.setattr(
+        rwr,
+        "denoising_loss",
+        lambda pipeline, clean, noise, *rest: seen.append(noise) or real(pipeline, clean, noise, *rest),
+    )
     rwr.train(Config(out=str(tmp_path), **SMALL | dict(epochs=1)))
     noise = torch.cat(seen).flatten(1)
     assert len(noise.unique(dim=0)) == len(noise) == 8 * 2
