@@ -254,7 +254,7 @@ def copy_controller(config, envs, controller):
             to_go.append(reward[t][whole])
     if sum(map(len, seen)) < 2:  # they are given in standard deviations
         raise RunStopped(f"--chunk {config.chunk}: the controller's {config.demonstrations * config.envs} "
-                         "episodes give fewer than 2 chunks to copy; choose a smaller chunk, more "
-                         "--demonstrations, or a controller whose episodes last longer")
+                         "episodes give fewer than 2 chunks to copy; choose another --name, and a "
+                         "smaller chunk, more --demonstrations, or a controller whose episodes last longer")
     arrays = (np.concatenate(each) for each in (seen, chunks, to_go, returns))
     return [torch.as_tensor(each, dtype=torch.float32) for each in arrays]

@@ -149,10 +149,9 @@ def summary(run):
     best, stopped = guard(run.rows, config)
     lines = [f"{run.folder}: {run.epoch} epochs; see progress.png and rewards.png there"]
     if stopped:
-        lines.append(f"  stopped after --patience {config.patience} evaluations beyond --guard "
-                     f"{config.guard:g}")
-        if config.eval_prompts:
-            lines[-1] += ", or no better on --eval-prompts"
+        reasons = [f"beyond --guard {config.guard:g}"] if config.guard and watched(config) else []
+        reasons += ["no better on --eval-prompts"] if config.eval_prompts else []
+        lines.append(f"  stopped after --patience {config.patience} evaluations {', or '.join(reasons)}")
     if best not in (None, run.epoch):
         last = run.folder / "last"
         lines.append(f"  kept: the weights of epoch {best}; the newest are in {last}")

@@ -210,7 +210,7 @@ def leave(message):
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = [["--preset", name] for name in PRESETS if name != "emoji"]
-    given = flags_given(arguments, Settings, __doc__, beside_resume="none")
+    given = flags_given(arguments, Settings, __doc__, beside_resume="--epochs, --patience and --device")
     if given.keys() & {"preset", "model"}:
         chosen = [[]]
     if "resume" in given:

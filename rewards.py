@@ -346,7 +346,8 @@ if __name__ == "__main__":
     try:
         names = parse_reward(args.reward)
         for name in names:
-            if not args.prompt and ".py:" not in name and name not in ("compress", "incompress", "aesthetic"):
+            blind = name.partition("=")[0] in ("compress", "incompress", "aesthetic") or ".py:" in name
+            if not (args.prompt or blind):
                 raise ValueError(f"--reward {name}: needs a --prompt, what the pictures should show")
         rewards = {name: get_reward(name, args.device) for name in names}
         for file in args.pictures:

@@ -136,8 +136,8 @@ def refuse_existing(folder):
         raise ValueError(f"{folder}: exists already; go on with --resume {shlex.quote(str(folder))}, or "
                          "choose another --name")
     if others := sorted(found - {"lock", "config.json.tmp"}):
-        raise ValueError(f"{folder}: has {', '.join(others[:3])} in it, which are no run's; choose another "
-                         "--name")
+        raise ValueError(f"{folder}: has {', '.join(others[:3])} in it, which a new run could write over; "
+                         "choose another --name")
     for parent in folder.resolve().parents:
         if (parent / "config.json").exists() and (parent / "metrics.jsonl").exists():
             raise ValueError(f"{folder}: lies in the folder of another run; choose another --out or --name")

@@ -370,8 +370,8 @@ def drawing_settings(args):
     suffix = Path(args.out).suffix.lower()
     if not Path(args.out).parent.is_dir() or suffix not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out {args.out}: must be a .png, .jpg or .webp file in a folder that exists")
-    if args.guidance_scale is not None and not 1 <= args.guidance_scale < math.inf:
-        raise ValueError(f"--guidance-scale {args.guidance_scale}: must be at least 1, which is none")
+    if args.guidance_scale not in (None, 0.0) and not 1 <= args.guidance_scale < math.inf:
+        raise ValueError(f"--guidance-scale {args.guidance_scale}: must be at least 1, or 0; both mean none")
     if args.lora_scale and not args.lora:
         raise ValueError(f"--lora-scale {' '.join(map(str, args.lora_scale))}: needs --lora, the run whose "
                          "strength it is")

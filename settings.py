@@ -97,7 +97,8 @@ class Settings:
     compile: bool = False  # the network, with torch.compile: minutes of waiting first
     cuda_graph: bool = False  # launch a sampling step as one CUDA graph
     gradient_checkpointing: bool = False  # a third more arithmetic, much less memory
-    offload: bool = False  # keep text encoder, VAE and trajectories in the computer's memory
+    offload: bool = False  # keep text encoder, trajectories and, during updates, the VAE in the computer's
+        # memory
 
 
 # The paper's settings (table 3 and app. D), with LoRA as in ddpo-pytorch. The shipped CLIP knows icons
@@ -160,8 +161,8 @@ def check_values(config):
     at_least(config, 1, "epochs", "images", "sample_batch", "steps", "group_size", "inner_epochs",
              "train_batch", "patience", "eval_every", "eval_images", "checkpoint_every")
     at_least(config, 0, "updates", "lora_rank", "lr", "weight_decay", "warmup", "seed", "guard", "resolution")
-    if config.guidance_scale < 1:
-        refuse(config, "guidance_scale", "must be at least 1, which is none")
+    if config.guidance_scale < 1 and config.guidance_scale != 0:
+        refuse(config, "guidance_scale", "must be at least 1, or 0; both mean none")
     if config.resolution > 8192:
         refuse(config, "resolution", "must be at most 8192")
     above_zero(config, "grad_clip")

@@ -219,16 +219,15 @@ def versions(*packages):
 
 def check_out(parser, path, partial=False):
     """Ends the program if the record could not be written, before anything is measured. partial: it is
-    one of fewer variants, and would replace the full one."""
+    one of fewer variants, which the default file is not for."""
     try:
         records = json.loads(Path(path).read_text()) if Path(path).exists() else {}
-    except ValueError:
+    except (OSError, ValueError):
         records = None
     if not isinstance(records, dict) or not Path(path).parent.is_dir():
         parser.exit(2, f"--out {path}: must be a file of records, or a new one in a folder that exists\n")
     if partial and str(path) == str(parser.get_default("out")):
-        parser.exit(2, f"--out {path}: has the record of all variants, which this one would replace; "
-                       "give another --out\n")
+        parser.exit(2, f"--out {path}: is for records of all variants; give another --out\n")
 
 
 def record_as(path, name, record):

@@ -77,7 +77,10 @@ def of_animals(values, images_per_noun):
 
 def settings_of(name, config):
     """What a stage's weights follow from, beside the number of its updates."""
-    shared = ("seed", "ema", "start", "caption_dropout")
+    shared = {"seed", {"judge": "clip_scenes", "decoder": "vae_scenes"}.get(name)}
+    shared |= {"caption_dropout"} if name in ("unet", "flow", "cards") else set()
+    shared |= {"start"} if name in ("clip", "vae", "unet") else set()
+    shared |= set() if hasattr(config, f"{name}_ema") else {"ema"}
     return {key: value for key, value in vars(config).items() if key in shared
             or key.startswith(f"{name}_") and not key.endswith(("_steps", "_out"))}
 

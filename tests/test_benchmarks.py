@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -67,25 +68,27 @@ def test_a_record_that_could_not_be_written_or_would_replace_a_fuller_one_is_ref
     for arguments, says in (
             (["--out", str(tmp_path / "notes.txt")], "a file of records"),
             (["--out", str(tmp_path / "none/x.json")], "in a folder that exists"),
-            (["--dtype", "fp32"], "would replace")):
+            (["--out", str(tmp_path)], "a file of records"),
+            (["--dtype", "fp32"], "of all variants")):
         with pytest.raises(SystemExit) as stop:
             rounding.main(arguments)
         assert stop.value.code == 2 and says in capsys.readouterr().err
     assert (tmp_path / "notes.txt").read_text() == "mine"
     for arguments, says in (
             (["--sd15", "--model", "x", "--out", str(tmp_path / "x.json")], "not with --sd15"),
-            (["--set", "images=4"], "would replace")):
+            (["--set", "images=4"], "of all variants")):
         with pytest.raises(SystemExit) as stop:
             epoch.main(arguments)
         assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
-def test_the_random_model_is_made_by_its_own_command(tmp_path):
-    """Beside it lies kernels.py, which is not the package kernels."""
+def test_the_random_models_command_does_not_take_the_file_beside_it_for_the_package_kernels(
+        tmp_path, monkeypatch, capsys):
     (tmp_path / "model_index.json").write_text("{}")  # as if it were made already
-    command = [sys.executable, "benchmarks/sd15.py", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path), done.stderr
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path[1:]])
+    monkeypatch.setattr(sys, "argv", ["sd15.py", str(tmp_path)])
+    runpy.run_path(str(ROOT / "benchmarks/sd15.py"), run_name="__main__")
+    assert sys.path[0] == str(ROOT) and capsys.readouterr().out.strip() == str(tmp_path)
 
 
 def test_rounding_moves_the_ratio_more_the_fewer_digits_a_precision_has(tmp_path, monkeypatch, capsys):

@@ -32,8 +32,8 @@ import resume
 import training
 from ddpo import Config
 from emoji import pretrain
-from run_folder import (draw_progress, load_checkpoint, read_metrics, release, reserved, row_line,
-                        save_checkpoint, write_whole)
+from run_folder import (draw_progress, load_checkpoint, read_metrics, refuse_existing, release, reserved,
+                        row_line, save_checkpoint, write_whole)
 from scripts import flags, numbers
 from stable_diffusion import save_pipeline
 from test_reproduce import fake_run
@@ -864,7 +864,7 @@ def test_a_number_that_json_has_not_is_null_in_a_log(tmp_path):
 def test_a_new_run_leaves_alone_what_others_have_put_into_its_folder(tmp_path):
     (tmp_path / "mine/last").mkdir(parents=True)
     (tmp_path / "mine/last/thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="mine: has last in it, which are no run's; choose another --name"):
+    with pytest.raises(ValueError, match="mine: has last in it, .*; choose another --name"):
         ddpo.prepare(Config(out=str(tmp_path), name="mine", device="cpu"))
     assert (tmp_path / "mine/last/thesis.txt").read_text() == "years of work"
     run = tmp_path / "first"
@@ -874,6 +874,13 @@ def test_a_new_run_leaves_alone_what_others_have_put_into_its_folder(tmp_path):
     with pytest.raises(ValueError, match="lies in the folder of another run"):
         ddpo.prepare(Config(out=str(run), name="last", device="cpu"))
     assert not (run / "last").exists()
+
+
+def test_what_a_killed_start_leaves_does_not_stop_the_next(tmp_path):
+    (tmp_path / "progress").mkdir()
+    for name in ("lock", "config.json.tmp"):
+        (tmp_path / name).write_text("x")
+    refuse_existing(tmp_path)
 
 
 def test_a_folder_that_can_never_be_made_is_one_line(tmp_path, monkeypatch):

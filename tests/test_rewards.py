@@ -552,7 +552,8 @@ def test_the_command_line_scores_pictures_and_refuses_in_one_line(images, tmp_pa
     assert capsys.readouterr().out == f"compress {-size:.4f}  incompress {size:.4f}  {file}\n"
     (tmp_path / "cut.png").write_bytes(open(file, "rb").read()[:-500])
     for more, says in ((["--reward", "foo"], "choose compress"), ([str(tmp_path / "cut.png")], "cut.png: "),
-                       (["--reward", "clip"], "--reward clip: needs a --prompt")):
+                       (["--reward", "clip"], "--reward clip: needs a --prompt"),
+                       (["--reward", "aesthetic=./HEAD@./CLIP"], "reward aesthetic: cannot load")):
         monkeypatch.setattr(sys, "argv", ["rewards.py", file, *more])
         with pytest.raises(SystemExit, match="2"):
             runpy.run_path(rewards.__file__, run_name="__main__")

@@ -56,7 +56,7 @@ def test_each_process_has_whole_groups_and_batches(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given, says", [
     (dict(seed=2**63), "must be below 2"), (dict(ema=1.0), "must be 0 .none. or below 1"),
     (dict(reward="mine.py:score_std"), "a name that ends in _std"), (dict(patience=0), "must be at least 1"),
-    (dict(guidance_scale=0.5), "at least 1, which is none"),
+    (dict(guidance_scale=0.5), "at least 1, or 0"),
     (dict(sampler="ddim", eta=1e-20), "must be 0, or at least 0.001"),
     (dict(resolution=100000), "at most 8192"),
     (dict(checkpoint_every=0), "must be at least 1"), (dict(warmup=-1), "must not be negative"),
