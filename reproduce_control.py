@@ -68,6 +68,7 @@ def draw(runs, results, out):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(results / "control.png", dpi=120)
+    plt.close(figure)
     if all((out / f"plan-{name}-0" / "checkpoint").exists() for name in PLANS):
         draw_plans(results, out)
     columns = ["run", "success", "unseen goals", "unseen pillars", "length", "routes of 4", "return"]

@@ -88,8 +88,11 @@ def plots(columns, width=4.2, height=3.4):
 
 
 def save_figure(figure, path):
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def band(axis, curves, label, shaded=True, ls="-", **style):

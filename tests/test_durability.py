@@ -685,6 +685,7 @@ def test_a_signal_ends_a_process_also_in_a_callback_that_swallows_exceptions():
 
 def test_a_process_that_a_reward_forks_is_stopped_alone():
     def main():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever a test before this one has set
         with processes.stop_signals(lambda number: os.write(told, b"the run is stopped")):
             worker = forked(lambda: os.write(told, b"ready") and time.sleep(60))
             assert os.read(heard, 5) == b"ready"
