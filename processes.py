@@ -48,17 +48,15 @@ def gather(values):
 
 def place():
     """(rank of this process, how many there are), as torchrun has set them. Raises ValueError, one line."""
-    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     try:
-        rank, world = (int(default if given[name] is None else given[name])
-                       for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        if 0 <= rank < world:
-            return rank, world
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     except ValueError:
-        pass
-    raise ValueError(" ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-                     + ": must be a rank below the number of processes; torchrun sets both, unset them "
-                     "for one process")
+        rank = world = 0
+    if not 0 <= rank < world:
+        given = [f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+        raise ValueError(f"{' '.join(given)}: must be a rank below the number of processes; torchrun sets "
+                         "both, unset them for one process")
+    return rank, world
 
 
 def reduce(tensor, operation=dist.ReduceOp.SUM):

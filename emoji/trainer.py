@@ -75,14 +75,17 @@ def of_animals(values, images_per_noun):
     return values.view(images_per_noun, -1)[:, :animals]
 
 
+# What a stage reads beside the seed and the settings of its own name
+SHARED = {"clip": {"start"}, "vae": {"start"}, "unet": {"start", "caption_dropout"}, "judge": {"clip_scenes"},
+          "decoder": {"vae_scenes"}, "flow": {"caption_dropout"}, "cards": {"caption_dropout"}}
+
+
 def settings_of(name, config):
-    """What a stage's weights follow from, beside the number of its updates."""
-    shared = {"seed", {"judge": "clip_scenes", "decoder": "vae_scenes"}.get(name)}
-    shared |= {"caption_dropout"} if name in ("unet", "flow", "cards") else set()
-    shared |= {"start"} if name in ("clip", "vae", "unet") else set()
-    shared |= set() if hasattr(config, f"{name}_ema") else {"ema"}
-    return {key: value for key, value in vars(config).items() if key in shared
-            or key.startswith(f"{name}_") and not key.endswith(("_steps", "_out"))}
+    """The settings that a stage's weights follow from, a dict, but for the number of its updates."""
+    own = {key for key in vars(config)
+           if key.startswith(f"{name}_") and not key.endswith(("_steps", "_out"))}
+    keys = own | SHARED[name] | {"seed"} | ({"ema"} if f"{name}_ema" not in own else set())
+    return {key: getattr(config, key) for key in sorted(keys)}
 
 
 def load_stage(name, config):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from run_folder import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -37,3 +39,16 @@ def numbers(folder):
     """What a run computed, without how long it took."""
     return [{key: value for key, value in row.items() if "second" not in key}
             for row in read_metrics(Path(folder) / "metrics.jsonl")]
+
+
+def learning_rates(monkeypatch):
+    """A list, to which every AdamW that is made from now on adds its learning rate at each step."""
+    rates, AdamW = [], torch.optim.AdamW
+
+    class Recorded(AdamW):
+        def step(self, *_):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    return rates

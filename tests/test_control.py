@@ -27,7 +27,7 @@ from control_worlds import (RADIUS, SCALE, SHAPE, clearance, copy_controller, de
                             paths_of, pendulum_controller, play, reset)
 from ddpo import clip_range_for, is_loss
 from run_folder import load_checkpoint, read_metrics
-from scripts import finish, flags, numbers, start
+from scripts import finish, flags, learning_rates, numbers, start
 from sample import ddim_step, ddim_table
 from processes import RunStopped, seeded
 
@@ -634,14 +634,7 @@ def test_an_update_follows_a_gradient_that_is_cut_to_a_norm_of_one():
 
 
 def test_pretraining_warms_up_and_ends_with_a_rate_of_nearly_0(monkeypatch):
-    rates, AdamW = [], torch.optim.AdamW
-
-    class Recorded(AdamW):
-        def step(self, *_):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step()
-
-    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    rates = learning_rates(monkeypatch)
     model = torch.nn.Linear(1, 1)
     pretrain(model, lambda _: model(torch.ones(1, 1)).square(), 1000, seeded(0), lr=1.0)
     assert rates == pytest.approx([min(1, (i + 1) / 100) * (1 - i / 1000) for i in range(1000)])

@@ -19,6 +19,7 @@ import prompts
 from processes import RunStopped
 from rewards import clip_top1, get_reward
 from sample import encode_prompts, load_pipeline, sample_trajectories
+from scripts import learning_rates
 
 
 def test_the_same_seed_draws_the_same_scenes():
@@ -339,14 +340,7 @@ def test_a_stage_that_shows_its_averaged_weights_trains_on_with_its_newest(tmp_p
 
 
 def test_a_stages_learning_rate_rises_for_300_updates_and_falls_to_a_fiftieth(tmp_path, monkeypatch):
-    rates, AdamW = [], torch.optim.AdamW
-
-    class Recorded(AdamW):
-        def step(self, *_):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step()
-
-    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    rates = learning_rates(monkeypatch)
     small_stage(tmp_path, steps=1200, vae_lr=0.5, save_every=2000)
     peak = rates.index(max(rates))
     assert len(rates) == 1200 and 250 <= peak <= 300 and 0.4 < rates[peak] < 0.5
