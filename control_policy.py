@@ -20,7 +20,8 @@ from processes import RunStopped
 from run_folder import (append, load_checkpoint, read_metrics, refuse_existing, reserved, row_line,
                         save_checkpoint, write_whole)
 from sample import ddim_step, noised
-from settings import above_zero, at_least, check_folder, flags_given, refuse, resumed_config
+from settings import (above_zero, at_least, check_folder, check_sizes, flags_given, refuse,
+                      resumed_config)
 
 
 # The first number of an evaluation's keys, which no --seed is: to numpy (1, 0) and (1, 0, 0) are one key.
@@ -105,15 +106,10 @@ def apply_gradients(model, optimizer):
 
 def check_numbers(config, at_least_1, above_0):
     """What the settings of both loops have in common; all other numbers must not be negative."""
-    numbers = {name: value for name, value in asdict(config).items() if not isinstance(value, str)}
-    for name, value in numbers.items():
-        if isinstance(value, float) and not abs(value) <= 1e12:
-            refuse(config, name, "must be a finite number, at most 1e12")
-        if isinstance(value, int) and name != "seed" and value > 10**6:
-            refuse(config, name, "must be at most 1000000")
+    check_sizes(config)
     at_least(config, 1, *at_least_1)
     above_zero(config, *above_0)
-    at_least(config, 0, *numbers)
+    at_least(config, 0, *(name for name, value in asdict(config).items() if not isinstance(value, str)))
     if config.seed >= 2**63:
         refuse(config, "seed", "must be below 2**63")
     if config.steps > 500:

@@ -137,9 +137,10 @@ os.register_at_fork(after_in_child=restore_signals)
 def leave(message, code):
     """With several processes: ends this one, so that the others end, too, and torchrun's report ends
     with the message. It waits for nothing: what it would wait for may be gone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    rank, world = place()
+    if world == 1:
         return
-    if int(os.environ.get("RANK", 0)):
+    if rank:
         time.sleep(2)  # if all of them fail, torchrun ends this one here, and the line is there once
     print(message, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):

@@ -147,14 +147,19 @@ def watched(config):
     return [name for name in names if name and name not in parse_reward(config.reward)]
 
 
-def check_values(config):
-    """Raises ValueError, one line, for a value that can work on no machine."""
+def check_sizes(config):
+    """Raises ValueError, one line, for a number that is not finite, or too large to work with."""
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not abs(value) <= 1e12:
             refuse(config, field.name, "must be a finite number, at most 1e12")
         if isinstance(value, int) and field.name != "seed" and abs(value) > 10**6:
             refuse(config, field.name, "must be at most 1000000")
+
+
+def check_values(config):
+    """Raises ValueError, one line, for a value that can work on no machine."""
+    check_sizes(config)
     for name, weight in parse_reward(config.reward).items():
         if abs(weight) > 1e6:
             refuse(config, "reward", f"the weight of {name} must be at most 1e6")

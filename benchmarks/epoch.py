@@ -4,7 +4,7 @@
                                             (four minutes on two cores)
     python benchmarks/epoch.py --sd15       a model of Stable Diffusion 1.5's size with random
                                             weights, on a GPU (eight minutes)
-    python benchmarks/epoch.py --variant bf16 --variant "bf16, torch.compile" --out /tmp/two.json
+    python benchmarks/epoch.py --variant bf16 --variant "bf16, torch.compile" --out two.json
     python benchmarks/epoch.py --table      prints the recorded tables again
 
 Each variant is a process of its own that trains as `python ddpo.py` would. It does one epoch when

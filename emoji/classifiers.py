@@ -208,10 +208,8 @@ def honest_count(images, prompts):
 if __name__ == "__main__":
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CLASSES)} (default: all)")
-    names = parser.parse_args().names or [*CLASSES]
-    if unknown := set(names) - set(CLASSES):
-        parser.error(f"{', '.join(unknown)}: no classifier; choose {', '.join(CLASSES)}")
-    for name in names:
+    parser.add_argument("names", nargs="*", choices=[*CLASSES, "all"], default="all")
+    names = parser.parse_args().names
+    for name in CLASSES if "all" in names else names:
         if not (FOLDER / f"{name}.safetensors").exists():
             print(f"{name}: {train(name):.3f} right on fresh scenes")

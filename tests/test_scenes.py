@@ -108,9 +108,9 @@ def test_the_clip_recognises_fresh_scenes():
 
 def test_the_clip_recognises_what_the_model_draws():
     nouns, pipeline = with_articles(), load_pipeline("models/emoji", "cpu")
-    generator, half = torch.Generator().manual_seed(0), nouns[::2]
-    images = sample_trajectories(pipeline, half, 10, 4.0, generator=generator).images
-    assert clip_top1(images, half, nouns).float().mean() >= 0.91  # 0.96, less two standard errors
+    generator = torch.Generator().manual_seed(0)
+    images = sample_trajectories(pipeline, nouns, 10, 4.0, generator=generator).images
+    assert clip_top1(images, nouns, nouns).float().mean() >= 0.92  # 0.96, less two standard errors
 
 
 def test_a_stage_that_was_made_with_other_settings_is_refused(tmp_path):

@@ -315,13 +315,11 @@ DRAW = {  # by the tutorial's number: what draws its figures
 if __name__ == "__main__":
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("tutorials", nargs="*", metavar="NUMBER", help=f"of {', '.join(DRAW)} (default: all)")
-    numbers = parser.parse_args().tutorials or [*DRAW]
-    if unknown := set(numbers) - set(DRAW):
-        parser.error(f"{', '.join(unknown)}: no figures are drawn from it; choose {', '.join(DRAW)}")
+    parser.add_argument("tutorials", nargs="*", choices=[*DRAW, "all"], default="all")
+    numbers = parser.parse_args().tutorials
     os.chdir(ROOT)
     FOLDER.mkdir(exist_ok=True)
-    for number in numbers:
+    for number in DRAW if "all" in numbers else numbers:
         path, = (ROOT / "tutorials").glob(f"{number}_*.md")
         DRAW[number](run(path))
         print(*sorted(file.name for file in FOLDER.glob(f"{number}_*.png")))
