@@ -30,7 +30,7 @@ NETWORKS = {
     "StableDiffusion3Pipeline": SD3Transformer2DModel, "FluxPipeline": FluxTransformer2DModel}
 CLASSES = {  # that a folder may name for a component: nothing in these runs code from the folder
     "vae": "AutoencoderKL|AutoencoderTiny", "scheduler": r"\w+Scheduler",
-    "tokenizer": "(CLIP|T5)Tokenizer(Fast)?",
+    "tokenizer": "CLIPTokenizer|CLIPTokenizerFast|T5Tokenizer|T5TokenizerFast",
     "text_encoder": "CLIPTextModel|CLIPTextModelWithProjection|T5EncoderModel",
     "unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel|FluxTransformer2DModel"}
 OPTIONAL = {"text_encoder_3", "tokenizer_3"}  # SD3's T5: without it CLIP alone reads the prompts
@@ -91,13 +91,16 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
     source = locate(model)
     if not Path(source).exists() and source.startswith((".", os.sep, "~")):
         raise ValueError(f"--model {model}: there is no such folder")
+    if source.endswith((".safetensors", ".ckpt")) and not Path(source).is_dir():
+        raise ValueError(f"--model {model}: a single file; make a folder of it, such as by diffusers' "
+                         "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)")
     if Path(source).exists() and not (Path(source) / "model_index.json").exists():
         raise ValueError(f"--model {model}: no model_index.json in it; give a folder in diffusers' "
                          "layout, or a hub id")
     default = torch.get_default_dtype()
     try:
         if not Path(source).exists():
-            source = diffusers.DiffusionPipeline.download(source, **dict.fromkeys(UNUSED))
+            source = download(source)
         pipeline = load_components(Path(source), dtype)
         check_network(pipeline)
     except Exception as error:  # the hub and the loaders raise many kinds, which all mean the same
@@ -126,6 +129,16 @@ def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora
     pipeline.set_progress_bar_config(disable=True)
     try_out(pipeline, f"{model} --lora {lora}" if lora else model, dtype)
     return pipeline
+
+
+def download(model):
+    """The folder of a hub id: its plain weights, or those in fp16 where a part has no others."""
+    absent = dict.fromkeys(UNUSED)
+    for variant in (None, "fp16"):
+        folder = Path(diffusers.DiffusionPipeline.download(model, variant=variant, **absent))
+        if all(variants(config.parent) for config in folder.glob("*/config.json")):
+            break
+    return folder
 
 
 def load_components(folder, dtype):
@@ -170,7 +183,9 @@ def load_component(folder, component_class, dtype):
     """A tokenizer, a scheduler, or a network that has all its weights: loaders fill gaps with
     random numbers."""
     if not folder.is_dir():
-        raise ValueError(f"its folder {folder.name}/ is missing")
+        without = ("; to do without T5, make text_encoder_3 and tokenizer_3 [null, null] in its "
+                   "model_index.json") if folder.name in OPTIONAL else ""
+        raise ValueError(f"its folder {folder.name}/ is missing{without}")
     if not issubclass(component_class, torch.nn.Module):
         component = component_class.from_pretrained(folder)
         if folder.name.startswith("tokenizer"):
@@ -186,22 +201,30 @@ def load_component(folder, component_class, dtype):
     if any("lora_" in key for key in unexpected):
         raise ValueError(f"its {folder.name} was saved with a LoRA beside its weights; call "
                          "pipe.fuse_lora() and pipe.unload_lora_weights() before pipe.save_pretrained()")
+    if unexpected and folder.name in ("unet", "transformer"):  # text encoders have some by habit
+        raise ValueError(f"{len(unexpected)} weights of its {folder.name} have no place in the "
+                         f"network of its config.json, {unexpected[0]} for one; give the config.json "
+                         "that they came with")
     if missing:
         raise ValueError(f"{len(missing)} weights of its {folder.name} are not in it, {missing[0]} for "
                          "one")
     return network
 
 
-def find_variant(folder):
-    """The variant of a folder's weights, such as fp16 of model.fp16.safetensors; None where there
-    are plain ones."""
+def variants(folder):
+    """Those of a folder's weights, such as fp16 of model.fp16.safetensors; "" are plain ones."""
     pattern = (r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?"
                r"\.(?:safetensors|bin)")
     found = [re.fullmatch(pattern, file.name) for file in folder.iterdir()]
-    variants = sorted({match[1] or match[2] or "" for match in filter(None, found)})
-    if not variants:
+    return sorted({match[1] or match[2] or "" for match in filter(None, found)})
+
+
+def find_variant(folder):
+    """The variant to load; None where there are plain weights."""
+    found = variants(folder)
+    if not found:
         raise ValueError(f"no weights in its folder {folder.name}/")
-    return None if "" in variants else "fp16" if "fp16" in variants else variants[0]
+    return None if "" in found else "fp16" if "fp16" in found else found[0]
 
 
 def check_network(pipeline):

@@ -200,6 +200,8 @@ def ddim_scheduler(scheduler):
             raise ValueError(f"scheduler: {option}=True bends the step, which is then no Gaussian around an "
                              f"affine mean; set {option} to false in scheduler/scheduler_config.json")
         config[option] = False  # DDIMScheduler's own default for clip_sample is True
+    if "original_inference_steps" in config:  # LCM and TCD, which ignore it, start at pure noise
+        config["timestep_spacing"] = "trailing"
     config.pop("_use_default_values", None)  # or DDIM's defaults would replace those of the given class
     try:
         return DDIMScheduler.from_config(config)
@@ -285,7 +287,7 @@ def condition(pipeline, prompts, guidance_scale, cache=None, two_passes=True):
     prompt_embeds = encode_prompts(pipeline, prompts, cache)
     network = denoiser(pipeline)
     if isinstance(network, FluxTransformer2DModel) and network.config.guidance_embeds:
-        scale = 1.0 if guidance_scale is None else float(guidance_scale)
+        scale = float(guidance_scale or 1.0)  # 0 means none, too
         prompt_embeds["guidance"] = torch.full((len(prompts),), scale, device=network.device)
     if not two_passes or passes(pipeline, guidance_scale) == 1:
         return prompt_embeds, None, None
@@ -356,6 +358,10 @@ def decode(pipeline, latents):
     """
     vae, config = pipeline.vae.to(latents.device), pipeline.vae.config
     shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
+    means, stds = config.get("latents_mean"), config.get("latents_std")
+    if means and stds and kind_of(pipeline) == "StableDiffusionXLPipeline":  # no other reads them
+        shift, std = (latents.new_tensor(values).view(-1, 1, 1) for values in (means, stds))
+        scale = scale / std
     images, finite = [], latents.isfinite().all()
     for part in latents.split(DECODED_AT_ONCE):
         pixels = vae.decode((part / scale + shift).to(vae.dtype)).sample

@@ -69,7 +69,7 @@ def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
         s = scheduler.sigmas.cpu().double()
         return scheduler.timesteps.cpu(), 1 - s, s
     scheduler.set_timesteps(num_steps)
-    timesteps = scheduler.timesteps.cpu()
+    timesteps = scheduler.timesteps.cpu()[:num_steps]  # "trailing" rounds to one more at 61, 103, ...
     if timesteps.max() >= total:
         raise ValueError(f"--steps {num_steps}: with the scheduler's steps_offset the first step would be "
                          f"{timesteps.max()}, past its {total}; choose {total // 2} or fewer")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import (FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline,
-                       StableDiffusionXLPipeline)
+                       StableDiffusionXLPipeline, UNet2DConditionModel)
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 import ddpo
@@ -163,6 +163,7 @@ def test_prompts_are_encoded_once_and_guidance_is_told_to_flux_alone(folders):
     embeds = [condition(pipeline, PROMPTS, scale, cache)[0] for scale in (1, 5)]
     outputs = [predict(network, latents, torch.full((2,), 500.0), inputs) for inputs in embeds]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-5
+    assert condition(pipeline, PROMPTS, 0.0)[0]["guidance"].tolist() == [1.0, 1.0]  # both mean none
 
 
 def test_sd3_reads_a_prompt_through_t5_where_there_is_one(folders):
@@ -171,6 +172,17 @@ def test_sd3_reads_a_prompt_through_t5_where_there_is_one(folders):
     assert with_t5.shape == (1, 20 + 256, 32)
     assert without.shape in (with_t5.shape, (1, 20 + 20, 32))  # the latter in diffusers 0.35
     assert (without[:, 20:] == 0).all() and not (with_t5[:, 20:] == 0).all()  # after CLIP's 20 tokens
+
+
+def test_an_sd3_downloaded_without_t5_is_told_how_to_do_without(folders, tmp_path):
+    folder = shutil.copytree(folders["sd3"], tmp_path / "model")
+    shutil.rmtree(folder / "text_encoder_3")
+    with pytest.raises(ValueError, match=r"text_encoder_3/ is missing; .* \[null, null\]"):
+        load_pipeline(str(folder), "cpu", resolution=16)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= dict(text_encoder_3=[None, None], tokenizer_3=[None, None])
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert load_pipeline(str(folder), "cpu", resolution=16).text_encoder_3 is None
 
 
 def test_flux_schnell_has_no_guidance_and_dynamic_shift_grows_with_the_picture(tmp_path, folders):
@@ -192,6 +204,14 @@ def test_a_size_that_does_not_fit_a_family_is_refused(folders):
     assert latents_shape(load_pipeline(folders["sdxl"], "cpu")) == (4, 8, 8)
     largest = load_pipeline(folders["sd3"], "cpu", resolution=32)
     assert latents_shape(largest) == (16, 16, 16)
+
+
+def test_weights_that_the_configuration_has_no_place_for_are_not_dropped(folders, tmp_path):
+    folder = shutil.copytree(folders["sd3"], tmp_path / "model")
+    settings = json.loads((folder / "transformer/config.json").read_text())
+    (folder / "transformer/config.json").write_text(json.dumps(settings | {"qk_norm": None}))
+    with pytest.raises(ValueError, match="weights of its transformer have no place .*norm_added_k"):
+        load_pipeline(str(folder), "cpu", resolution=16)
 
 
 def test_decoding_shifts_and_scales_as_the_vae_says(folders):
@@ -284,7 +304,19 @@ def test_the_dynamic_shift_of_sd3_counts_its_patches_as_tokens(folders):
 
 def test_a_network_that_would_not_hear_of_a_pictures_size_is_no_sdxl(folders, tmp_path):
     folder = shutil.copytree(folders["sdxl"], tmp_path / "model")
-    settings = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(settings | {"addition_embed_type": None}))
+    settings = json.loads((folder / "unet/config.json").read_text()) | {"addition_embed_type": None}
+    UNet2DConditionModel.from_config(settings).save_pretrained(folder / "unet")
     with pytest.raises(ValueError, match="addition_embed_type None"):
         load_pipeline(str(folder), "cpu")
+
+
+def test_an_sdxl_s_latents_are_scaled_by_channel_where_its_vae_says_so(folders, tmp_path):
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "model")
+    settings = json.loads((folder / "vae/config.json").read_text())
+    settings |= dict(latents_mean=[-1.6, 1.1, 0.1, -0.5], latents_std=[8.4, 5.9, 5.0, 5.8],
+                     scaling_factor=0.5)
+    (folder / "vae/config.json").write_text(json.dumps(settings))
+    ours = load_pipeline(str(folder), "cpu", resolution=16)
+    drawn = sample_trajectories(ours, PROMPTS, 3, 3.5, 0.0, torch.Generator().manual_seed(0))
+    _, images = plain_latents(plain_pipeline(folder, "sdxl"), drawn.latents[:, 0])
+    torch.testing.assert_close(drawn.images.float() / 255, images, rtol=0, atol=0.003)

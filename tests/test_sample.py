@@ -176,7 +176,8 @@ def test_the_flow_model_draws_what_the_plain_pipeline_draws():
 
 
 @pytest.mark.parametrize("model, names", [
-    ("no/such/model", "no/such/model"), ("prompts", "model_index.json")])
+    ("no/such/model", "no/such/model"), ("prompts", "model_index.json"),
+    ("no/such.safetensors", "from_single_file"), ("such.ckpt", "from_single_file")])
 def test_a_model_that_cannot_be_loaded_is_one_line(model, names):
     with pytest.raises(ValueError, match=names) as error:
         load_pipeline(model, "cpu")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler,
                        EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
-                       FlowMatchHeunDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline)
+                       FlowMatchHeunDiscreteScheduler, LCMScheduler, PNDMScheduler, StableDiffusionPipeline,
+                       TCDScheduler)
 
 import ddpo
 import kernels
@@ -177,6 +178,14 @@ def test_each_step_ends_at_the_noise_that_the_next_one_is_told(scheduler, steps,
         told = np.sqrt(alpha_bar[row + 1]) * clean + np.sqrt(1 - alpha_bar[row + 1]) * noise
         assert abs(x - told) < 1e-4
         x = told
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_there_are_as_many_steps_as_were_asked_for(spacing):
+    scheduler = stable_diffusion(timestep_spacing=spacing)
+    for steps in (1, 7, 50, 61, 103, 206, 500):
+        timesteps, table = ddim_table(scheduler, steps, torch.ones(steps))
+        assert len(timesteps) == len(table) == steps and timesteps.min() >= 0
 
 
 @pytest.mark.parametrize("settings, more", [
@@ -432,3 +441,13 @@ def test_noise_that_the_default_sampler_cannot_have_is_one_line_before_a_folder_
     with pytest.raises(ValueError, match="--eta 1.5: must be .* at most 1 with --sampler ddim"):
         ddpo.train(ddpo.Config(out=str(tmp_path / "runs"), eta=1.5, **SMALL))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler])
+def test_a_distilled_model_starts_at_the_timestep_that_its_own_scheduler_starts_at(scheduler):
+    theirs = scheduler(**BETAS)
+    for steps in (2, 4, 8):
+        theirs.set_timesteps(steps)
+        ours, _ = ddim_table(theirs, steps)
+        assert ours[0] == theirs.timesteps[0] == 999
+        assert (ours - theirs.timesteps).abs().max() <= 20  # one of its 50 original steps

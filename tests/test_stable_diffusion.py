@@ -3,6 +3,7 @@ changes no result."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -437,3 +438,19 @@ def test_a_loaded_model_is_frozen(epsilon_model):
     pipeline = load_pipeline(epsilon_model, "cpu")
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("only", [("unet", "vae", "text_encoder"), ("unet",)])
+def test_a_hub_s_model_of_fp16_weights_alone_is_loaded_from_them(tmp_path, monkeypatch, only):
+    folder, asked = Path(save_pipeline(tmp_path / "hub")), []
+    for weights in folder.glob("*/*.safetensors"):
+        if weights.parent.name in only:
+            weights.rename(weights.with_suffix(".fp16.safetensors"))
+
+    def download(model, variant=None, **_):
+        asked.append(variant)  # without one, diffusers fetches plain weights alone
+        left_out = shutil.ignore_patterns(*([] if variant else ["*.fp16.*"]))
+        return shutil.copytree(folder, tmp_path / "cache", ignore=left_out, dirs_exist_ok=True)
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    assert load_pipeline("someone/model", "cpu").unet and asked == [None, "fp16"]
