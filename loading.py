@@ -40,9 +40,9 @@ FURTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", 
 
 
 def default_device():
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Not mps, which --device names: nothing here has run on it, and its attention takes another kernel
+    without gradients, so that the ratio would not start at exactly 1."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def usable_device(device):
@@ -69,7 +69,8 @@ SHIPPED = "emoji", "emoji-flow"
 def is_emoji(model):
     """Whether it is one of the shipped models, however its path is written; a user's own folder of
     that name is not."""
-    return Path(locate(model)).resolve() in [(HERE / "models" / name).resolve() for name in SHIPPED]
+    folder, shipped = Path(locate(model)), [HERE / "models" / name for name in SHIPPED]
+    return folder.exists() and any(path.exists() and folder.samefile(path) for path in shipped)
 
 
 def load_pipeline(model="models/emoji", device=None, dtype=None, lora=None, lora_scale=1.0,

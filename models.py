@@ -12,7 +12,9 @@ shape, and embeddings that it only hands on.
 """
 
 import contextlib
+import io
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -29,6 +31,9 @@ import transformers
 from diffusers import (DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel,
                        SD3Transformer2DModel, UNet2DConditionModel)
 
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # ρ and → end no run where the terminal has no such letters
 for library in (diffusers, transformers):
     library.utils.logging.disable_progress_bar()  # of loading; our own bars come later and say more
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

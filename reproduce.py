@@ -47,7 +47,7 @@ import reproduce_figures
 from evaluate import guard
 from loading import SHIPPED, is_emoji
 from reproduce_figures import headline, settings_of
-from run_folder import read_config, read_metrics
+from run_folder import read_config, read_metrics, write_whole
 
 HERE = Path(__file__).parent
 EXPERIMENTS = {  # name: (its commands, its table and figures)
@@ -200,13 +200,13 @@ def read_logs(experiment, logs):
 def insert_table(page, name, lines):
     """Put the table between the page's markers, so that nobody copies it by hand."""
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    text = page.read_text() if page.exists() else ""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     if start not in text or end not in text:
         print(f"{page}: no markers {start.strip()} and {end}; the table is not shown there")
         return
     before, _, rest = text.partition(start)
     after = rest.partition(end)[2]
-    page.write_text(before + start + "\n".join(lines) + "\n" + end + after)
+    write_whole(page, before + start + "\n".join(lines) + "\n" + end + after)
 
 
 def parse(arguments):
@@ -282,8 +282,8 @@ def main(arguments=None):
             continue
         _, draw = EXPERIMENTS[name]
         lines, numbers = draw(logs, results, out)
-        (results / f"{name}.md").write_text("\n".join(lines) + "\n")
-        (results / f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        write_whole(results / f"{name}.md", "\n".join(lines) + "\n")
+        write_whole(results / f"{name}.json", json.dumps(numbers, indent=1) + "\n")
         print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")
         if shipped:  # the page's markers of the other shipped model begin with its name
             insert_table(Path("results/README.md"), name if default else f"{model} {name}", lines)

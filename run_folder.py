@@ -34,11 +34,19 @@ LOCKS = {}  # folder of a run that this process writes -> its open lock file
 EMPTY = b" \t\r\n\0"  # what a file may be full of after a power cut
 
 
+def flush(descriptor):
+    """Wait until what was written is on the disk. A Mac's fsync leaves it in the disk's own memory."""
+    os.fsync(descriptor)
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # network file systems have none
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+
+
 def sync(path):
     """Wait until what was written to a file, or renamed in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)
 
@@ -59,7 +67,7 @@ def write_whole(path, content):
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
@@ -74,7 +82,7 @@ def append(path, line):
         with open(path, "a") as file:
             file.write(line + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            flush(file.fileno())
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({first_line(error)})") from error
 

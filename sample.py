@@ -417,7 +417,8 @@ def main(arguments=None):
     parser.add_argument("--sampler", choices=ETAS, help="how noise is added (default: the run's, or ddim)")
     parser.add_argument("--eta", type=float, help="how much; 0: deterministic (default: the run's, or "
                         + ", ".join(f"{name} {eta:g}" for name, eta in ETAS.items()) + ")")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one, else "
+                        "cpu)")
     parser.add_argument("--dtype", choices=DTYPES,
                         help="of the network's arithmetic (default: the run's, or fp32)")
     parser.add_argument("--out", default="samples.png", help="the picture file (default samples.png)")

@@ -90,7 +90,7 @@ class Settings:
     tracker: str = "none"  # none, tensorboard, wandb
 
     # the machine
-    device: str = ""  # cpu, cuda, mps (default: the best there is)
+    device: str = ""  # cpu, cuda, mps (default: cuda where there is one, else cpu)
     dtype: str = ""  # of the network's arithmetic: bf16, fp16, fp32 (default: fp16 on a GPU,
         # bf16 on a CPU that has it, else fp32); log-probs are always float32
     kernels: str = "auto"  # triton, torch, or auto: triton on a GPU
@@ -286,6 +286,8 @@ def check_machine(config):
     if config.device == "cuda" or config.device.startswith("cuda:") and world > 1:
         config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a GPU for each of torchrun's processes
     usable_device(config.device)
+    if config.device.startswith("mps") and world > 1:
+        refuse(config, "device", "gloo knows no mps, so one process; or choose cpu")
     on_gpu = config.device.startswith("cuda")
     if config.dtype == "fp16" and not on_gpu:
         refuse(config, "dtype", "needs a CUDA device; choose bf16 or fp32")

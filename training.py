@@ -132,7 +132,7 @@ def set_up(config, folder, resume, reference):
     held_out = {name: load_prompts(name) for name in set_names(config.eval_prompts)}
     others = sum(held_out.values(), [])
     rewards = {name: get_reward(name, device) for name in [*components, *watched(config)]}
-    files = {name: digest(Path(name.rpartition(":")[0]).read_text(errors="replace"))
+    files = {name: digest(Path(name.rpartition(":")[0]).read_text("utf-8", errors="replace"))
              for name in rewards if ".py:" in name}
     # what is trained is float32
     pipeline = load_pipeline(config.model, device, dtype if config.lora_rank else torch.float32,
@@ -178,11 +178,10 @@ def set_up(config, folder, resume, reference):
     run.step = GraphedStep() if config.cuda_graph else None
     # Rewards are computed while the next pictures are sampled. Not on a CPU: a second thread that
     # calls torch makes every operation of the first slower (libgomp does not spin between them any
-    # more once it counts more threads than cores).
-    if device.type != "cpu":
+    # more once it counts more threads than cores). On mps it kills the process (pytorch issue 197805).
+    if device.type == "cuda":
         # a thread has a CUDA device of its own, which is the first one until it is set
-        choose = torch.cuda.set_device if device.type == "cuda" else None
-        run.scorer = ThreadPoolExecutor(1, initializer=choose, initargs=(device,))
+        run.scorer = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
 
     gather([rank])  # nobody makes the folder before everybody has seen that it is free
     if rank == 0:

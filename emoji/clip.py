@@ -59,8 +59,8 @@ def build_tokenizer(config):
     folder = Path(config.work) / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     indices = {token: index for index, token in enumerate(vocab)}
-    (folder / "vocab.json").write_text(json.dumps(indices, ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(indices, ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", "utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": TEXT_LENGTH,

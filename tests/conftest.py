@@ -1,6 +1,7 @@
 """Without a GPU the kernels run in Triton's interpreter, which has to be chosen before triton is
 first imported."""
 
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def quick_folders(monkeypatch):
     """A run in a process of its own draws rewards.png and waits for the disk. In the tests' process the
     picture is small and nothing waits: both take as long as a tiny epoch."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)  # a Mac's
     if "training" in sys.modules:
         from run_folder import write_whole
 

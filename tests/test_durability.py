@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import ddpo
 import experiments
 import reproduce
+import run_folder
 import rwr
 import sample
 import processes
@@ -86,6 +87,15 @@ def contents(folder):
 
 
 # a power cut
+
+def test_a_mac_empties_the_disks_own_memory_too(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_folder.fcntl, "F_FULLFSYNC", 51, raising=False)  # as a Mac has it
+    monkeypatch.setattr(run_folder.fcntl, "fcntl", lambda descriptor, what: asked.append(what))
+    run_folder.write_whole(tmp_path / "file", "x")
+    run_folder.append(tmp_path / "file", "y")
+    assert asked == [51] * 3  # the file, its folder, the file again
+
 
 @pytest.mark.parametrize("lora_rank", [2, 0])
 def test_bytes_are_on_the_disk_before_their_name_is_and_the_log_before_the_checkpoint(

@@ -22,6 +22,12 @@ def test_a_page_links_to_what_is_there_and_quotes_what_stands_there(path):
     excerpts(path)
 
 
+@pytest.mark.parametrize("path", [*PAGES, *TUTORIALS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_command_has_no_comment_which_zsh_would_take_for_arguments(path):
+    blocks = re.findall(r"^```sh\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+    assert not [line for block in blocks for line in block.splitlines() if re.search(r"(^|\s)#", line)]
+
+
 def test_the_readme_is_short_and_shows_the_loop():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 210

@@ -1,6 +1,9 @@
 """Claims about the command line: each setting is explained where it is defined, and shown under --help."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from importlib import import_module
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ import torch
 
 import ddpo
 import settings
+from scripts import ROOT
 from settings import field_comments
 
 
@@ -91,6 +95,19 @@ def test_a_share_of_the_steps_is_not_rounded_up_by_a_rounding_error(monkeypatch)
         assert len(ddpo.epoch_steps(run, 1)[1]) == steps
 
 
+def test_apples_gpu_is_chosen_by_nobody_but_the_user_and_for_one_process(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: torch.zeros(0))  # no GPU here to ask
+    config = ddpo.Config()
+    settings.check_machine(config)
+    assert config.device == "cpu"
+    settings.check_machine(ddpo.Config(device="mps"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^--device mps: gloo knows no mps"):
+        settings.check_machine(ddpo.Config(device="mps"))
+
+
 def test_weights_that_move_are_not_put_into_a_graph(monkeypatch):
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: True)  # as if it were installed,
     monkeypatch.setattr(settings.torch, "empty", lambda *_, device: None)  # on a machine with a GPU
@@ -110,3 +127,10 @@ def test_weights_that_move_are_not_put_into_a_graph(monkeypatch):
     (["--preset", "sd15", "--reward", "align", "--prompts", "objects"], "objects")])
 def test_each_reward_is_trained_on_the_prompts_of_the_paper_where_none_are_given(arguments, prompts):
     assert ddpo.parse_config(arguments)[0].prompts == prompts
+
+
+def test_help_is_shown_also_where_the_terminal_has_no_greek():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run([sys.executable, "ddpo.py", "--help"], cwd=ROOT, env=environment, check=True,
+                           capture_output=True, text=True).stdout
+    assert "E[ ?_t A ? log p" in shown
