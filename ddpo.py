@@ -63,7 +63,7 @@ def sf_loss(log_prob, advantages):
 
 def is_loss(log_prob, old_log_prob, advantages, clip_range):
     """(B,) DDPO-IS with PPO's clip: a step whose ratio has left the range on the side that the
-    advantage pushes to has no gradient."""
+    advantage pushes to has no gradient. kernels/ppo_loss.py computes both losses on a GPU."""
     ratio = torch.exp(log_prob - old_log_prob)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantages * ratio, -advantages * clipped)
@@ -134,7 +134,7 @@ def fit(run):
     config, device, network = run.config, run.device, denoiser(run.pipeline)
     updates = config.updates * config.inner_epochs  # of an epoch
     clip_range = clip_range_for(config.clip_range, latents_shape(run.pipeline))
-    clip_range = clip_range if config.algorithm == "is" else None
+    clip_range = {"is": clip_range, "sf": None}[config.algorithm]
     mine = shard(run, config.images)  # indices of this process's pictures
     statistics = {name: PromptStats(config.buffer_size, config.min_count) for name in run.components}
     for name, buffers in (run.saved["statistics"] if run.saved else {}).items():
@@ -206,7 +206,7 @@ def mixed_advantages(run, prompts, scores, statistics):
             advantages = statistics[name].advantages(prompts, scores[name])
         elif config.advantages == "group":
             advantages = group_advantages(scores[name], config.group_size)
-        else:
+        elif config.advantages == "batch":
             advantages = batch_advantages(scores[name])
         total += weight * advantages.clamp(-config.advantage_clip, config.advantage_clip)
     return total

@@ -6,9 +6,12 @@
     SD 3, 3.5   SD3Transformer2DModel    two CLIPs, T5 or zeros           two passes    16 x h x w
     FLUX.1      FluxTransformer2DModel   CLIP, T5                         an input      16 x h x w
 
-`condition`, `predict` and `decode` know these differences, and loading.py refuses other models.
-Everything else works with what they return: latents (B, C, H, W), the network's output of the same
-shape, and embeddings that it only hands on.
+These functions know the differences: `encode_prompt`, `passes` and `condition` (prompts), `predict`
+(the network), `network_channels`, `check_resolution` and `schedule_inputs` (size and schedule), `blocks`
+and `lora_targets` (layers). Another family needs a branch where Stable Diffusion 1's, the last one, does
+not suit it, its classes in NETWORKS and CLASSES of loading.py, which refuses other models, and a random
+model in tests/families.py. Everything else works with what they return: latents (B, C, H, W), the
+network's output of the same shape, and embeddings that it only hands on.
 """
 
 import contextlib
@@ -103,7 +106,7 @@ def blocks(network):
 def lora_targets(network):
     """Its attention's layers, where transformers have some for the prompt's tokens, too."""
     targets = "to_q,to_k,to_v,to_out.0"
-    if not isinstance(network, UNet2DConditionModel):
+    if any(name.endswith("add_q_proj") for name, _ in network.named_modules()):
         targets += ",add_q_proj,add_k_proj,add_v_proj,to_add_out"
     return targets
 

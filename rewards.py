@@ -43,7 +43,7 @@ from PIL import Image, ImageOps
 
 from judges import (HERE, answer, bertscore_recall, embed_images, embed_texts, find, generate,
                     load_aesthetic_head, load_clip, load_encoder, load_vlm, to_pil)
-from reward_files import Guest, RewardError, checked, load_function, one_line
+from reward_files import Guest, RewardError, checked, load_function, one_line, seed
 
 EMOJI_CLIP = str(HERE / "models" / "emoji" / "clip")
 CLIP = "openai/clip-vit-large-patch14"
@@ -297,7 +297,11 @@ def get_reward(spec, device=None):
         if ".py:" in name:
             rewards[name] = checked(*load_function(name))
         else:
-            rewards[name] = checked(REWARDS[base](device, *models), Guest(name))
+            guest = Guest(name)
+            with guest.at_work():
+                seed(0)
+                reward = REWARDS[base](device, *models)
+            rewards[name] = checked(reward, guest)
 
     def mixture(images, prompts):
         # in float64: the float32 mean of equal values may miss them by 1e-7

@@ -14,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import secrets
 import shlex
 import shutil
 import socket
@@ -348,7 +349,11 @@ def open_tracker(config, folder):
     if config.tracker == "wandb":
         import wandb
 
-        run = wandb.init(project="ddpo", name=config.name, config=asdict(config), dir=str(folder))
+        mark = folder / "wandb_id"  # so that a run that is resumed goes on there, too
+        if not mark.exists():
+            write_whole(mark, secrets.token_hex(4))
+        run = wandb.init(project="ddpo", name=config.name, config=asdict(config), dir=str(folder),
+                         id=mark.read_text(), resume="allow")
         return lambda row, epoch: run.log(row, step=epoch)
     return None
 

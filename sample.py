@@ -152,7 +152,7 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
         sigma = eta * s_next * (1 - (alpha * s_next / (alpha_next * s)) ** 2).sqrt()
     elif sampler == "cps":
         sigma = s_next * (eta * math.pi / 2).sin()
-    else:
+    elif sampler in ("flow", "dance"):
         k_next, t = alpha_next + s_next, s / (alpha + s)
         t_next = s_next / k_next
         sigma = eta * k_next * (t - t_next).sqrt()

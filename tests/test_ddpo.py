@@ -26,7 +26,7 @@ from ddpo import Config, PromptStats, batch_advantages, clip_range_for, group_ad
 from models import default_dtype
 from scripts import finish, flags, numbers
 from run_folder import load_checkpoint, read_metrics, save_checkpoint, save_weights
-from sample import load_pipeline
+from sample import ddim_step, load_pipeline
 from stable_diffusion import small_model
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,26 @@ def test_the_clip_stops_a_picture_that_has_moved_far_enough_and_only_then():
     torch.testing.assert_close(
         gradient, torch.stack([ratio[0] * 0, ratio[1], -ratio[2], ratio[3] * 0, -ratio[4]]).detach()
     )
+
+
+@pytest.mark.skipif(ddpo.kernels.triton is None, reason="no triton on this machine")
+@pytest.mark.parametrize("clip_range", [0.01, None])
+def test_the_kernels_loss_is_that_of_the_formulas_where_it_is_clipped_too(monkeypatch, clip_range):
+    device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(0)
+    x, x_next, output = torch.randn(3, 10, 4, 8, 8, generator=generator).to(device)
+    row = torch.tensor([0.9, -0.3, 1.0, 0.0], device=device)
+    off = torch.tensor([0.5, -0.5, 1.5, -1.5, 5.0] * 2, device=device)  # clip ranges away from 1
+    old = ddim_step(output, x, row, x_next)[1] - 0.01 * off
+    advantages = torch.tensor([1.5] * 5 + [-0.7] * 5, device=device)
+    found = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(ddpo.kernels, "BACKEND", backend)
+        leaf = output.clone().requires_grad_()
+        objective, *values = ddpo.policy_loss(leaf, x, x_next, row, old, advantages, clip_range, None,
+                                              torch.tensor(0.1, device=device))
+        objective.backward()
+        found.append([*values, leaf.grad])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_the_clip_range_means_the_same_nats_for_every_latent():

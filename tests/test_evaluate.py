@@ -52,6 +52,14 @@ def test_a_run_says_that_nothing_it_found_was_within_the_guard_and_that_nothing_
         assert unguarded(config) == ""
 
 
+def test_a_run_says_that_its_updates_saw_another_policy_than_the_one_that_sampled(tmp_path):
+    run = SimpleNamespace(config=Config(watch=""), folder=tmp_path, epoch=1, rows=rows([0, 1], [0.7, 0.7]))
+    run.rows[1]["ratio_error"] = 1e-6
+    assert "ratio_error" not in summary(run)
+    run.rows[1]["ratio_error"] = 0.59
+    assert "ratio_error was up to 0.59" in summary(run)
+
+
 def test_a_metric_that_begins_at_0_has_no_change_in_per_cent(tmp_path):
     before, after = ({"epoch": epoch, "eval_reward": 1.0, "eval_clip_top1": top1}
                      for epoch, top1 in ((0, 0.0), (1, 0.25)))
@@ -234,8 +242,12 @@ def test_a_tracker_is_told_each_number_with_its_epoch(tmp_path, monkeypatch, tra
     module = SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     run = SimpleNamespace(log=lambda row, step: told.extend((*item, step) for item in row.items()))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
-    track = open_tracker(Config(tracker=tracker), tmp_path)
+    ids = []
+    init = lambda **settings: ids.append(settings["id"]) or run
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    open_tracker(Config(tracker=tracker), tmp_path)
+    track = open_tracker(Config(tracker=tracker), tmp_path)  # of a run that is resumed
+    assert len(ids) == (2 if tracker == "wandb" else 0) and len(set(ids)) <= 1
     track({"reward_mean": 1.5, "loss": 0.1}, 3)
     assert told == [("reward_mean", 1.5, 3), ("loss", 0.1, 3)]
     assert open_tracker(Config(), tmp_path) is None

@@ -226,6 +226,19 @@ def test_pictures_that_are_not_uint8_are_refused(images):
         get_reward("compress")(images, PROMPTS[:3])
 
 
+def test_a_factory_of_the_table_starts_alike_each_time_and_switches_nothing_outside(monkeypatch):
+    def factory(device):
+        torch.set_grad_enabled(False)
+        weight = torch.randn(())
+        return lambda images, prompts: weight.repeat(len(images))
+
+    monkeypatch.setitem(rewards.REWARDS, "mine", factory)
+    images, before = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.get_rng_state()
+    values = [get_reward("mine", "cpu")(images, [""]).item() for _ in range(2)]
+    assert values[0] == values[1] and torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_every_name_is_a_factory_that_takes_the_device():
     assert set(rewards.REWARDS) == {"compress", "incompress", "clip", "aesthetic", "pickscore",
                                     "align", "vqa", "count"}
