@@ -80,7 +80,7 @@ def peers():
         raise
     except RuntimeError as error:  # gloo's; NCCL's are subclasses of it
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PeerLost(f"another process of this run has ended ({reason})") from None
+        raise PeerLost(f"another process of this run has ended, or cannot be reached ({reason})") from None
 
 
 def sum_gradients(parameters):
@@ -184,11 +184,11 @@ def command_line(arguments, parse_config, prepare, fit):
                 run.bar.close()  # else its end would be drawn below the message
             leave(str(error), 1)
             sys.exit(str(error))
-        except PeerLost:
+        except PeerLost as error:
             if world == 1:
                 raise
             time.sleep(5)  # torchrun ends this one, too; if it ended first, the report would name it
-            os._exit(1)
+            leave(str(error), 1)  # nobody else has failed: NCCL itself cannot work, and says why
         except Exception as error:
             if world > 1:
                 traceback.print_exc()

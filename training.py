@@ -24,6 +24,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,9 @@ def set_up(config, folder, resume, reference):
         # small, so only then. Convolutions, the VAE's for one, have it from torch.
         torch.backends.cuda.matmul.allow_tf32 = dtype == torch.float32
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # NCCL gives up after ten minutes, in which a reward may not have answered on one process
+        backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
+        dist.init_process_group(backend, timeout=patience)
 
     # everything that can be refused is tried before the folder is made
     prompts, components = load_prompts(config.prompts), parse_reward(config.reward)
@@ -440,7 +443,7 @@ def apply_gradients(run):
     if not (np.isfinite(norm) or run.scaler.is_enabled() and run.scaler.get_scale() >= 1):
         raise RunStopped(f"{run.folder}: the gradient is {norm}; {remedy(run)}")
     run.updates += 1
-    for group in run.optimizer.param_groups:
+    for group in run.optimizer.param_groups:  # by a formula in run.updates, which a checkpoint has
         group["lr"] = run.config.lr * min(1, run.updates / max(1, run.config.warmup))
     run.scaler.step(run.optimizer)
     run.scaler.update()

@@ -68,14 +68,18 @@ EQUAL = dict(  # epochs and nothing else, until told to end
 
 
 def count_rows(unet):
-    """[rows without gradients, rows with] that go through a UNet from now on. Whether both sides of
-    a comparison do the same work is decided by this, not by their settings."""
-    import torch
-
+    """[rows that only go forward through a UNet, rows that go back, too] from now on. Whether both
+    sides of a comparison do the same work is decided by this, not by their settings."""
     rows = [0, 0]
 
+    def back(gradient):
+        rows[0] -= len(gradient)
+        rows[1] += len(gradient)
+
     def count(module, inputs, output):
-        rows[torch.is_grad_enabled()] += len(output[0])
+        rows[0] += len(output[0])
+        if output[0].requires_grad:  # in sampling, too, where it is compiled: compile_blocks
+            output[0].register_hook(back)
 
     unet.register_forward_hook(count)
     return rows
@@ -95,7 +99,7 @@ def count_replays(step, rows):
 
 
 def worker(settings):
-    """Train as ddpo.py does; before each epoch wait for a line, after each print a line of JSON."""
+    """Train as ddpo.py does. Before it loads, and after each epoch's line of JSON, it waits for a line."""
     import torch
     from diffusers.models import attention_processor
 
@@ -109,12 +113,14 @@ def worker(settings):
         if epoch:
             work = {"rows_sample": rows[0], "rows_update": rows[1]}
             print(json.dumps(row | work | {"threads": torch.get_num_threads()}), flush=True)
-        if not sys.stdin.readline():
+        if epoch and not sys.stdin.readline():
             sys.exit()  # nobody waits for another epoch
         rows[:] = 0, 0
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
+    if not sys.stdin.readline():  # one after another: all at once would not fit into a GPU's memory
+        sys.exit()
     with tempfile.TemporaryDirectory() as folder:
         config = ddpo.Config(**EQUAL | settings, eval_images=settings["sample_batch"], out=folder)
         run = ddpo.prepare(config)
@@ -127,7 +133,7 @@ def worker(settings):
 
 
 def launch(settings, python=sys.executable, script=__file__):
-    """A worker process, which loads its model and then waits."""
+    """A worker process, which waits until it is told to load its model."""
     errors = tempfile.TemporaryFile("w+")
     process = subprocess.Popen(
         [python, script, "--worker", json.dumps(settings)], cwd=ROOT,

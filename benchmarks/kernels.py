@@ -45,6 +45,8 @@ from kernels import ddim_step, ppo_loss
 from kernels.ddim_step import fused_ddim_step
 from kernels.ppo_loss import fused_ppo_loss
 
+from benchmarks.epoch import check_out
+
 DEVICE = "cuda" if GPU else "cpu"
 LATENT = (4, 64, 64) if GPU else (4, 8, 8)
 # of the network's output, and of the latents where they differ
@@ -417,6 +419,8 @@ if __name__ == "__main__":
     parser.add_argument("--table", type=Path,
                         help="print the tables of this JSON file and measure nothing")
     args = parser.parse_args()
+    if not args.table:
+        check_out(parser, args.out, partial=args.batch != batches or args.dtype != DTYPES)
     record = json.loads(args.table.read_text()) if args.table else run(args.batch, args.dtype)
     print_tables(record)
     if not args.table:

@@ -70,8 +70,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # the scripts' folder, in place of this one
 
-from benchmarks.epoch import NEVER, command_line, count_replays, count_rows, epoch, launch, machine
-from benchmarks.epoch import record_as, versions
+from benchmarks.epoch import NEVER, check_out, command_line, count_replays, count_rows, epoch, launch
+from benchmarks.epoch import machine, record_as, versions
 from benchmarks.peer_trl import make_trainer
 from benchmarks.time_to_target_tables import SIDES, median, show, tables
 
@@ -559,6 +559,8 @@ def main(arguments=None):
     if len(seeds) < len(numbers) or len(seeds) % 2 == 0 or SEARCH_SEED in seeds:
         parser.exit(2, f"--seeds {args.seeds}: give an odd number of different seeds without "
                        f"{SEARCH_SEED}, which the search has, such as 0,1,2\n")
+
+    check_out(parser, args.out)
 
     import torch
 

@@ -94,8 +94,12 @@ def test_the_random_models_command_does_not_take_the_file_beside_it_for_the_pack
 def test_rounding_moves_the_ratio_more_the_fewer_digits_a_precision_has(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rounding, "STEPS", 3)
     monkeypatch.setattr(rounding, "SIDE", 8)
-    out = tmp_path / "rounding.json"
+    out, measure, used = tmp_path / "rounding.json", rounding.ratios, []
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(rounding, "ratios", lambda *arguments: (
+        used.append((cudnn.enabled, cudnn.allow_tf32)), measure(*arguments))[1])
     rounding.main(["--dtype", "fp32", "--dtype", "bf16", "--out", str(out)])
+    assert used == [(True, False)] * 2  # the convolutions of training, but in float32
     record, = json.loads(out.read_text()).values()
     assert record["latents"] == [8, 8, 8] and len(record["bf16"]["ratios_minus_1"]) == 3
     assert record["fp32"]["median"] < 1e-5 < record["bf16"]["median"]
@@ -124,6 +128,18 @@ def test_rows_of_a_replayed_graph_are_counted():
         prompts = ["a cat"] * 3
         sample_trajectories(pipeline, prompts, 2, guidance_scale=guidance_scale, step=step)
         assert rows == [3 * 2 * factor, 0]
+
+
+def test_the_rows_of_a_compiled_network_count_as_trained_only_where_they_go_back():
+    pipeline = load_pipeline("models/emoji", "cpu")
+    rows, unet = epoch.count_rows(pipeline.unet), pipeline.unet.requires_grad_(True)
+    unet.one_graph = True  # as training.compile_blocks sets it
+    trajectories = sample_trajectories(pipeline, ["a cat"] * 3, 2)
+    assert rows == [3 * 2 * 2, 0]
+    x, t = trajectories.latents[:, 0], torch.full((3,), 500)
+    embeds = torch.zeros(3, 4, unet.config.cross_attention_dim)
+    unet(x, t, encoder_hidden_states=embeds).sample.sum().backward()
+    assert rows == [3 * 2 * 2, 3]
 
 
 def test_a_models_folder_is_found_from_where_the_command_was_given(tmp_path, monkeypatch):
@@ -452,7 +468,9 @@ def test_a_sides_clock_stops_while_its_pictures_are_judged(tmp_path, monkeypatch
     recorder.watch(unet)
     for batch in range(4):  # two epochs of two batches
         with torch.set_grad_enabled(batch == 3):
-            unet(torch.zeros(2, 1))
+            output, = unet(torch.zeros(2, 1))
+        if batch == 3:
+            output.sum().backward()
         pictures = torch.full((2, 3, 8, 8), batch, dtype=torch.uint8)
         assert recorder(pictures, [f"prompt {batch}"] * 2).tolist() == [-1, -1]
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
@@ -577,7 +595,7 @@ def test_table_and_curves_come_from_the_record_alone(tmp_path, capsys):
 @pytest.mark.parametrize("flags", [
     ["--minutes-per-trial", "0"], ["--minutes-per-search", "nan"], ["--seeds", "0,1"],
     ["--seeds", "0,1,1"], ["--seeds", "0,a,b"],
-    ["--seeds", "100"], ["--seeds", ""],
+    ["--seeds", "100"], ["--seeds", ""], ["--out", "none/x.json"],
 ])
 def test_bad_flags_are_refused_before_anything_runs(tmp_path, capsys, flags):
     work = tmp_path / "work"

@@ -503,6 +503,22 @@ def test_only_what_the_others_did_is_put_down_to_them(error, raised):
         raise error
 
 
+def test_a_collective_that_fails_where_nobody_has_ended_says_why(monkeypatch, capsys):
+    def fail(arguments):
+        with processes.peers():
+            raise torch.distributed.DistBackendError("NCCL error, unhandled system error\nLast error: shm")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(SystemExit) as stop:
+        processes.command_line([], fail, None, None)
+    assert stop.value.code == 1 and "unhandled system error" in capsys.readouterr().err
+
+
 def test_the_shipped_model_has_its_preset_however_its_path_is_written():
     for model in ("models/emoji", "./models/emoji/", str(ROOT / "models/emoji")):
         assert ddpo.parse_config(["--model", model])[0].preset == "emoji"
