@@ -56,22 +56,22 @@ class Config:
     algorithm: str = "ddpo"  # ddpo, or rwr: reward-weighted regression
     pretrain: int = 3000  # updates on demonstrations, before the first epoch
     epochs: int = 60  # of fine-tuning
-    scenes: int = 64  # an epoch, drawn anew in each
+    scenes: int = 64  # of an epoch, drawn anew in each
     group_size: int = 16  # plans of each scene, which are compared with each other
     steps: int = 10  # T, of denoising; all of them are trained
     batch: int = 256  # plans of an update
     lr: float = 3e-4  # learning rate of the fine-tuning
     clip_range: float = 1e-4  # as in ddpo.py: for 16,384 elements, see clip_range_for (ddpo)
     kl: float = 0.0  # weight of the divergence from the pretrained model (ddpo)
-    beta: float = 2.0  # weights exp(beta · reward), in standard deviations (rwr)
+    beta: float = 2.0  # in weights exp(beta · reward), rewards in standard deviations (rwr)
     length: float = 0.5  # w_l, the price of a path twice as long as the straight line
     roughness: float = 0.3  # w_r, the price of turns, see judge
     eval_every: int = 10  # epochs between evaluations of fixed scenes and seeds
-    eval_scenes: int = 64  # of an evaluation: seen strips, unseen goals, unseen pillars
+    eval_scenes: int = 64  # of an evaluation, for each of: seen strips, unseen goals, unseen pillars
 
 
 def reward_of(seen, config):
-    """(B,) of what judge has seen."""
+    """(B,) rewards of what `judge` has seen."""
     cost = config.length * (seen["length"] - 1) + config.roughness * seen["roughness"]
     return seen["success"] - cost
 
@@ -241,7 +241,7 @@ def parse_config(arguments):
 
 
 def is_closed_loop(arguments):
-    """Whether they are for control_loop.py: a --task, or the --resume of a run that has one."""
+    """Whether the arguments are for control_loop.py: a --task, or the --resume of a run that has one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", nargs="?", const="missing")
     parser.add_argument("--resume", nargs="?", const="", default="")

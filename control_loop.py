@@ -1,4 +1,4 @@
-"""Closed loop: DDPO with a critic controls a body, beside a Gaussian policy by the same PPO.
+"""Closed loop: DDPO with a critic controls a body, beside a Gaussian policy trained by the same PPO.
 
     python control_loop.py --task Pendulum-v1                      a diffusion policy
     python control_loop.py --task Pendulum-v1 --policy gaussian    the standard, for comparison
@@ -14,7 +14,7 @@ an action that gets the chunk's advantage, discounted by its distance from the c
 
     ρ_k = exp(log p − log p_old) of step k      L = Σ_k max(−γ_k A ρ_k, −γ_k A clip(ρ_k))
 
-Two more things are theirs: only the last steps are trained, and no step has less noise than
+Two more things come from DPPO: only the last steps are trained, and no step has less noise than
 --min-sigma, or the policy would hardly try anything new. σ is a column of `ddim_table`'s table, so
 that floor is one line. A Gaussian policy is a chain of one step with c_x = 0, c_o = 1 and a σ of
 our choice. So it is a table of one row, and all else is the same code for both.
@@ -43,6 +43,7 @@ from settings import refuse
 
 plt.switch_backend("Agg")  # no screen needed
 
+
 @dataclass
 class Config:
     """Every setting. An epoch plays one episode in each environment."""
@@ -54,19 +55,19 @@ class Config:
     out: str = "runs"  # folder of the runs
     seed: int = 0  # of everything random
     demonstrations: int = 4  # episodes of the controller in each environment
-    pretrain: int = 3000  # updates on them, before the first epoch
+    pretrain: int = 3000  # updates on the demonstrations, before the first epoch
     epochs: int = 25  # of fine-tuning
     envs: int = 64  # environments that are played at once
     chunk: int = 4  # actions of a decision
     steps: int = 10  # T, of denoising (diffusion)
-    train_last: int = 5  # of the steps, as many are trained (diffusion)
+    train_last: int = 5  # how many steps are trained: the last ones (diffusion)
     min_sigma: float = 0.1  # floor of a step's σ; actions lie between -1 and 1 (diffusion)
     sigma: float = 0.2  # of an action (gaussian)
-    passes: int = 3  # over an epoch's decisions
+    passes: int = 3  # through an epoch's decisions
     decisions: int = 5  # of each environment in an update
     lr: float = 3e-4  # learning rate of the policy
     critic_lr: float = 1e-3  # learning rate of the critic
-    clip_range: float = 2.5e-5  # as in ddpo.py: 0.1 for a chunk of 4 actions
+    clip_range: float = 2.5e-5  # as in ddpo.py: 0.1 for a chunk of 4 actions of one number
     gamma: float = 0.99  # discount of a time step's reward
     gae_lambda: float = 0.95  # of the advantages: 1 trusts the returns, 0 the critic
     denoising_gamma: float = 0.99  # discount of a denoising step's advantage (diffusion)
@@ -108,7 +109,7 @@ def check(config, resume=False):
     config.name = config.name or f"{config.task.replace('/', '_')}-{config.policy}"
     envs = make_envs(config)
     if not (resume and any(Path(config.out, config.name, "checkpoint").glob("epoch_*.pt"))):
-        try_controller(config, envs)  # a run that has begun to learn needs it no more
+        try_controller(config, envs)  # a run that has begun to learn no longer needs it
     return config
 
 
@@ -127,7 +128,7 @@ def fit(run):
     shape = (envs.single_action_space.shape[0], 1, config.chunk)
     features = envs.single_observation_space.shape[0]
     (timesteps, table), diffusion = policy_table(config), config.policy == "diffusion"
-    trained = range(len(table))[-config.train_last :]  # of a Gaussian the one there is
+    trained = range(len(table))[-config.train_last :]  # of a Gaussian policy its only one
     clip_range = clip_range_for(config.clip_range, shape)
     torch.manual_seed(config.seed)
     policy = Denoiser(shape, features, width=128, depth=2)
@@ -164,7 +165,7 @@ def fit(run):
     else:
         seen, chunks, to_go, returns = copy_controller(config, envs, load_controller(config))
         mean, std = seen.mean(0), seen.std(0) + 1e-6
-        scale = 1 / (to_go.std().item() + 1e-6)  # of rewards: the critic's targets are of size 1
+        scale = 1 / (to_go.std().item() + 1e-6)  # of rewards, so that the critic's targets have size 1
         scheduler = noise_schedule()
 
         def policy_loss(generator):

@@ -1,4 +1,4 @@
-"""A small diffusion policy for latents that are no pictures: what both control loops share.
+"""A small diffusion policy for latents that are not pictures: what both control loops share.
 
 The network and its pretraining, the denoising chain, and a run's folder and command line.
 """
@@ -148,8 +148,8 @@ def read_run(config, folder):
 
 
 def log(run, row, keeps, **state):
-    """A row of metrics.jsonl on the disk, then the checkpoint of its epoch: what `keeps` (modules
-    and optimizers by name) is now, and whatever else the loop wants back."""
+    """A row of metrics.jsonl on the disk, then the checkpoint of its epoch: the present state of
+    `keeps` (modules and optimizers by name), and whatever else the loop wants back."""
     run.rows.append(row)
     append(run.folder / "metrics.jsonl", row_line(row))
     state |= {name: part.state_dict() for name, part in keeps.items()}

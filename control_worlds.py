@@ -21,7 +21,7 @@ from settings import refuse
 SHAPE = (2, 1, 16)  # of a plan: x and y of 16 waypoints
 SCALE = 2.0  # latents = SCALE · position: their spread is then about 1, that of the noise
 RADIUS = 0.22  # of a pillar, with the robot's own radius added
-REACH = 0.12  # a plan arrives if it ends this near to the goal
+REACH = 0.12  # a plan arrives if it ends this near the goal
 
 
 # plans on the plane
@@ -143,10 +143,10 @@ def try_controller(config, envs):
 
 
 def ask_controller(config, controller, envs, observations, generator):
-    """A controller's actions, (N, A). Raises ValueError, one line, for what are none."""
+    """A controller's actions, (N, A). Raises ValueError, one line, for anything else."""
     shape = len(observations), *envs.single_action_space.shape
     try:
-        actions = np.asarray(controller(observations.copy(), generator))  # which it may change
+        actions = np.asarray(controller(observations.copy(), generator))  # a copy, which it may change
         broken = actions[~np.isfinite(actions)]
     except Exception as error:  # it is somebody else's code
         refuse(config, "controller", f"fails ({type(error).__name__}: {error})")
@@ -170,11 +170,11 @@ def make_envs(config):
     action, observation = envs.single_action_space, envs.single_observation_space
     if not (isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1
             and np.isfinite([action.low, action.high]).all()):
-        refuse(config, "task", "its actions are no bounded vector; choose such as Pendulum-v1")
+        refuse(config, "task", "its actions are no bounded vector; choose one such as Pendulum-v1")
     if not isinstance(observation, gymnasium.spaces.Box) or len(observation.shape) != 1:
-        refuse(config, "task", "its observations are no vector; choose such as Pendulum-v1")
+        refuse(config, "task", "its observations are no vector; choose one such as Pendulum-v1")
     if not envs.spec.max_episode_steps:
-        refuse(config, "task", "its episodes have no time limit; choose such as Pendulum-v1")
+        refuse(config, "task", "its episodes have no time limit; choose one such as Pendulum-v1")
     if config.chunk > envs.spec.max_episode_steps:
         refuse(config, "chunk", f"an episode has only {envs.spec.max_episode_steps} steps")
     return envs
@@ -252,7 +252,7 @@ def copy_controller(config, envs, controller):
             seen.append(played.observations[t][whole])
             chunks.append(np.moveaxis(actions[t : t + config.chunk, whole], 0, 2)[:, :, None])
             to_go.append(reward[t][whole])
-    if sum(map(len, seen)) < 2:  # they are given in standard deviations
+    if sum(map(len, seen)) < 2:  # observations are given in standard deviations
         raise RunStopped(f"--chunk {config.chunk}: the controller's {config.demonstrations * config.envs} "
                          "episodes give fewer than 2 chunks to copy; choose another --name, and a "
                          "smaller chunk, more --demonstrations, or a controller whose episodes last longer")

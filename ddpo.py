@@ -13,9 +13,9 @@ picture, so every step of a picture gets that picture's advantage A. Two estimat
     SF   ∇ E[r] ∝ E[ Σ_t A ∇ log p(x_{t-1} | x_t) ]                 score function (REINFORCE)
     IS   ∇ E[r] ∝ E[ Σ_t A ∇ ρ_t ],  ρ_t = exp(log p − log p_old)   importance sampling
 
-SF is right for pictures of the present policy only: one update an epoch. IS is clipped as in PPO, and
-makes several. ∝, since log p is a mean over the latents, not a sum. All that is random in an epoch is
-drawn from (seed, epoch, picture), so a resumed run gives the same numbers (on a GPU up to the order of sums).
+SF is right for pictures of the present policy only: one update an epoch. IS is clipped as in PPO and
+makes several. It is ∝, since log p is a mean over the latents, not a sum. All randomness in an epoch
+comes from (seed, epoch, picture), so a resumed run gives the same numbers (on a GPU up to the order of sums).
 """
 
 import math
@@ -45,14 +45,14 @@ class Config(Settings):
     algorithm: str = "is"  # is, sf: the estimator
     advantages: str = "group"  # prompt (a buffer for each, as in the paper), group (the pictures of
         # one prompt in an epoch), batch
-    buffer_size: int = 32  # rewards remembered for each prompt (prompt)
-    min_count: int = 16  # rewards of a prompt before its own statistics replace the batch's (prompt)
+    buffer_size: int = 32  # rewards remembered for each prompt (--advantages prompt)
+    min_count: int = 16  # rewards until a prompt's statistics replace the batch's (--advantages prompt)
     advantage_clip: float = 5.0  # largest |A|, of each component of a mixture
     train_first: float = 0.5  # share of the steps, from the first on, that are trained: they decide
         # the content of a picture, the others its sharpness
-    timestep_fraction: float = 1.0  # share of these that is trained for each picture, drawn anew
-    step_weights: str = "none"  # equal: every step has the same share of the gradient
-    clip_range: float = 1e-4  # of the ratio, for latents of 4x64x64, see clip_range_for (is)
+    timestep_fraction: float = 1.0  # share of --train-first's steps trained for each picture, drawn anew
+    step_weights: str = "none"  # none, or equal: every step has the same share of the gradient
+    clip_range: float = 1e-4  # of the ratio, for 4x64x64 latents, see clip_range_for (--algorithm is)
     kl: float = 0.0  # weight of the divergence from the base model, see kl_loss
 
 
@@ -62,8 +62,8 @@ def sf_loss(log_prob, advantages):
 
 
 def is_loss(log_prob, old_log_prob, advantages, clip_range):
-    """(B,) DDPO-IS with PPO's clip: a step whose ratio has left the range on the side that the
-    advantage pushes to has no gradient. kernels/ppo_loss.py computes both losses on a GPU."""
+    """(B,) DDPO-IS with PPO's clip: a step has no gradient once its ratio has left the range on
+    the side to which the advantage pushes it. kernels/ppo_loss.py computes both losses on a GPU."""
     ratio = torch.exp(log_prob - old_log_prob)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantages * ratio, -advantages * clipped)
@@ -80,7 +80,7 @@ def kl_loss(output, reference, guidance_scale=None):
     """(B,) mean_D ‖ε̂ − ε̂_ref‖² between the guided predictions of the policy and of the base model.
     The exact divergence of a step's two Gaussians (x-space) is c_o² ‖ε̂ − ε̂_ref‖² / (2σ²). Its factor
     is nearly even over the steps, but some fifty times as large in the last but one: where that step
-    is trained, the exact divergence holds little else (tutorial 5 tries both)."""
+    is trained, the exact divergence consists of little else (tutorial 5 tries both)."""
     difference = guided(output, guidance_scale) - guided(reference, guidance_scale)
     return difference.float().square().flatten(1).mean(1)
 
@@ -92,7 +92,7 @@ def exact(rewards):
 
 
 class PromptStats:
-    """Advantages relative to the recent rewards of the same prompt: some are easier than others."""
+    """Advantages relative to a prompt's own recent rewards: some prompts are easier than others."""
 
     def __init__(self, buffer_size=32, min_count=16):
         self.buffer_size, self.min_count = buffer_size, min_count
@@ -108,15 +108,15 @@ class PromptStats:
         advantages = []
         for prompt, reward in zip(prompts, rewards):
             buffer = exact(self.buffers[prompt])
-            others = buffer if len(buffer) >= self.min_count else rewards
-            advantages.append((reward - others.mean()) / (others.std(correction=0) + 1e-6))
+            known = buffer if len(buffer) >= self.min_count else rewards
+            advantages.append((reward - known.mean()) / (known.std(correction=0) + 1e-6))
         return torch.stack(advantages).float()
 
 
 def group_advantages(rewards, group_size):
     """(B,) float32. Groups are consecutive pictures of one prompt. Each is compared with the mean of
     the *others* of its group, in units of the batch's std of that difference. With its own reward in
-    the baseline it would be smaller by 1/group_size, and so would the unit."""
+    the baseline both would be smaller by 1/group_size, so the advantages would be the same."""
     groups = exact(rewards).view(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     difference = (groups - others).flatten()
@@ -183,7 +183,7 @@ def fit(run):
                 updating.update(len(image))
             grad_norms.append(apply_gradients(run))
         updating.close()
-        del trajectories, latents  # not to hold them beside those of the next epoch
+        del trajectories, latents  # so that they are not held beside the next epoch's
 
         # 5. log
         means = (reduce(totals) / (pairs * updates)).tolist()
@@ -213,8 +213,8 @@ def mixed_advantages(run, prompts, scores, statistics):
 
 
 def epoch_steps(run, epoch):
-    """(table (T, 4), steps to choose from, how many for each picture, pairs of an update): they depend
-    on the epoch where the window moves."""
+    """(table (T, 4), steps to choose from, how many for each picture, pairs of an update). The
+    epoch matters only where the window moves."""
     config = run.config
     table, policy_steps = epoch_table(config, run.pipeline, epoch)
     policy_steps = policy_steps[:max(1, math.ceil(config.train_first * len(policy_steps) - 1e-9))]
@@ -272,7 +272,7 @@ def check(config):
     config.updates = config.updates or (4 if config.algorithm == "is" else 1)
     if config.algorithm == "sf" and config.updates * config.inner_epochs > 1:
         refuse(config, "updates" if config.updates > 1 else "inner_epochs",
-               "sf is only right on policy, so 1; or choose --algorithm is")
+               "sf is only right on policy: give 1, or choose --algorithm is")
     return settings.check(config)
 
 

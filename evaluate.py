@@ -157,7 +157,7 @@ def summary(run):
         lines.append(f"  kept: the weights of epoch {best}; the newest are in {last}")
     elif best is None and config.guard and watched(config) and len(evaluations(run.rows)) > 1:
         lines.append("  kept: the newest weights, since no evaluation was within the guard; "
-                     "a lower --lr or --eval-every 1 would find some")
+                     "a lower --lr or --eval-every 1 may find some")
     if (error := max(row.get("ratio_error") or 0 for row in run.rows)) > 0.01:
         lines.append(f"  ratio_error was up to {error:.2g}: sampling and training do not compute the same")
     lines.append("  on fixed prompts and seeds:")

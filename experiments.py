@@ -10,8 +10,8 @@ import itertools
 # "a cat with a guitar", without guidance: then alignment can improve, and a step costs half
 CLIP = "--prompts pairs --guidance-scale 1 --images 128 --group-size 16"
 FLAGS = {
-    # By then the backgrounds are full, and begin to cover the animals. With cps, which draws the base
-    # model's better, more of them are left, and in smaller steps the seeds differ less.
+    # After these epochs the backgrounds are full and begin to cover the animals. With cps, which draws
+    # the base model's animals better, more are left, and with smaller steps the seeds differ less.
     "incompress": "--sampler cps --lr 5.7e-5 --epochs 5",
     "clip": f"{CLIP} --lr 1.5e-4 --epochs 20 --eval-every 2 --eval-prompts animal_objects_held_out",
 }
@@ -145,9 +145,9 @@ def samplers(seeds):
 
 
 def typographic(seeds):
-    """Two judges of "four cats": for A, a printed digit always told the number. And A with a number
-    that the model rarely prints. The newest weights are in last/, those that the guard chose, which
-    watches an honest counter, beside it."""
+    """Two judges of "four cats": where A learnt, a printed digit always told the number. And A with a
+    number that the model rarely prints. The newest weights are in last/; beside it are those chosen by
+    the guard, which watches an honest counter."""
     return {
         f"typographic-{variant}-{seed}": (
             f"ddpo.py --preset emoji --model runs/pretrain/emoji-cards --seed {seed} "

@@ -8,7 +8,7 @@
 Sample pictures x_0 with the weights v_old, score them, noise them to x_t = α x_0 + s ε, and train the
 network v_θ there, where v is the target that it was pretrained on:
 
-    r     clip(A / (2 A_max) + 1/2, 0, 1)         how good a picture is, 1/2 as good as the others
+    r     clip(A / (2 A_max) + 1/2, 0, 1)         how good a picture is; 1/2: as good as the others
     nft   ( r ‖v⁺ − v‖² + (1 − r) ‖v⁻ − v‖² ) / β,   v± = v_old ± β (v_θ − v_old)
     awm   −(2r − 1) exp(log p_θ − log p_old), clipped, + β ‖v_θ − v_old‖²,   log p = −‖v_θ − v‖²
 
@@ -45,19 +45,19 @@ class Config(Settings):
 
     # forward process
     loss: str = "nft"  # nft (DiffusionNFT), awm (advantage weighted matching)
-    beta: float = 0.0  # of the trust region; smaller is faster and less stable (0: 0.2 of nft, 0.5 of awm)
+    beta: float = 0.0  # of the trust region; smaller is faster and less stable (0: 0.2 for nft, 0.5 for awm)
     weighting: str = "adaptive"  # of the timesteps: adaptive, or none, see matching_error
-    clip_range: float = 1.0  # of awm's ratio; as published so wide that it seldom acts
+    clip_range: float = 1.0  # of awm's ratio; so wide, as published, that it seldom acts
     advantages: str = "group"  # group (the pictures of one prompt in an epoch), zero: the control
-    advantage_clip: float = 5.0  # A_max: larger advantages count as it
+    advantage_clip: float = 5.0  # A_max: larger advantages count as this
     old_flat: int = 0  # updates before v_old trails v_θ, see old_decay
-    old_rise: float = 0.001  # of the decay of v_old, with each update after these
+    old_rise: float = 0.001  # rise of the decay of v_old with each update after --old-flat
     old_ceiling: float = 0.5  # largest decay of v_old
     kl: float = 0.0  # weight of the divergence from the base model, mean_D ‖v_θ − v_ref‖²
-    inner_epochs: int = 4  # passes over the pictures: with v_old's nearly the work of 5 steps in ddpo.py
+    inner_epochs: int = 4  # passes over the pictures; with v_old's, nearly the work of 5 steps in ddpo.py
 
 
-# In groups, as published, also where DDPO's paper has a buffer for each prompt.
+# In groups, as published, even where DDPO's paper has a buffer for each prompt.
 PRESETS = {name: preset and preset | dict(advantages="group", group_size=4, inner_epochs=8)
            for name, preset in settings.PRESETS.items()}
 
@@ -87,10 +87,10 @@ def nft_loss(output, old, target, r, beta, slope=None):
 
 
 def awm_loss(output, old, target, r, beta, slope=None, clip_range=1.0):
-    """(B,) AWM: DDPO-IS with −matching_error for log p, plus β ‖v_θ − v_old‖². Of a bad picture the
-    first term pushes the error up, ever more weakly as its ratio falls. While 2r − 1 > −β the other one
-    holds it from the start, else only once the ratio is below β / (1 − 2r). With a slope 2r − 1 counts as
-    many times as the adaptive weight says, which is large at the noisy steps. Inputs as in nft_loss."""
+    """(B,) AWM: DDPO-IS with −matching_error for log p, plus β ‖v_θ − v_old‖². For a bad picture
+    the first term pushes the error up, ever more weakly as the ratio falls. While 2r − 1 > −β the
+    second holds it from the start, else only once the ratio is below β / (1 − 2r). With a slope, 2r − 1
+    in effect has the adaptive weight as a factor, large at the noisy steps. Inputs as in nft_loss."""
     log_prob, old_log_prob = (-matching_error(v, target, slope) for v in (output, old))
     ratio_term = is_loss(log_prob, old_log_prob, 2 * r - 1, clip_range)
     return ratio_term + beta * matching_error(output, old)
@@ -98,8 +98,8 @@ def awm_loss(output, old, target, r, beta, slope=None, clip_range=1.0):
 
 def old_decay(updates, flat, rise, ceiling):
     """The decay in v_old ← decay v_old + (1 − decay) v_θ, after an epoch. Published (flat, rise, ceiling):
-    (0, 0.001, 0.5), or (75, 0.0075, 0.999) for text in pictures. AWM's (0, 0.001, 0.3) are of its
-    trust region alone: its pictures and log p_old come from the newest weights."""
+    (0, 0.001, 0.5), or (75, 0.0075, 0.999) for text in pictures. AWM's (0, 0.001, 0.3) are only for
+    its trust region: its pictures and log p_old come from the newest weights."""
     return min(max(updates - flat, 0) * rise, ceiling)
 
 

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-# BERTScore reads the layer that agrees best with people, found by its authors for each model. Of
-# other models it reads the last.
+# BERTScore reads the layer that agrees best with people, found by its authors for each model. For
+# other models it is the last.
 BERTSCORE_LAYER = {"deberta-xlarge-mnli": 40, "deberta-large-mnli": 18, "deberta-base-mnli": 9,
                    "roberta-large": 17, "roberta-base": 10, "bert-large-uncased": 18,
                    "bert-base-uncased": 9, "distilbert-base-uncased": 5}
 
 
 def check_vocabulary(tokenizer, name="tokenizer"):
-    """Raises ValueError if it tells no letters apart: to one that transformers makes without the files of
-    its vocabulary all are the same."""
+    """Raises ValueError if it tells no letters apart: where the files of a vocabulary are missing,
+    transformers makes a tokenizer to which all letters are the same."""
     if len({tuple(tokenizer(letter).input_ids) for letter in string.ascii_letters}) == 1:
         raise ValueError(f"its {name} has no vocabulary")
 
@@ -170,7 +170,7 @@ def bertscore_recall(encoder, candidates, references):
     """
     model, tokenizer, layer = encoder
     texts = list(dict.fromkeys(text.strip() for text in [*candidates, *references]))
-    space = " " if model.config.model_type == "roberta" else ""  # a token includes the space before
+    space = " " if model.config.model_type == "roberta" else ""  # tokens include the space before
     tokens = tokenizer([space + text for text in texts], padding=True, truncation=True,
                        max_length=512, return_tensors="pt").to(model.device)
     hidden = model(**tokens, output_hidden_states=True).hidden_states[layer]
@@ -217,7 +217,7 @@ def find(model):
         raise FileNotFoundError("no such file or folder")
     from huggingface_hub import HfApi, snapshot_download
     try:
-        # one question first: without a network, from_pretrained would ask for minutes
+        # one question first: without internet access from_pretrained would ask for minutes
         HfApi().model_info(model, timeout=10)
         return model
     except Exception as error:
@@ -230,6 +230,6 @@ def find(model):
 def to_pil(images):
     """uint8 (B, 3, H, W) -> B pictures, for processors.
 
-    A float picture in [0, 1] they would scale by 1/255 once more.
+    Those would scale a float picture in [0, 1] by 1/255 once more.
     """
     return [Image.fromarray(array) for array in images.permute(0, 2, 3, 1).cpu().numpy()]

@@ -40,8 +40,8 @@ FURTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", 
 
 
 def default_device():
-    """Not mps, which --device names: nothing here has run on it, and its attention takes another kernel
-    without gradients, so that the ratio would not start at exactly 1."""
+    """Never mps, which only --device chooses: nothing here has run on it, and its attention takes
+    another kernel without gradients, so that the ratio would not start at exactly 1."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -145,7 +145,7 @@ def download(model):
 def load_components(folder, dtype):
     """The pipeline that model_index.json names, put together from classes of diffusers and
     transformers alone. Releases of diffusers before 0.38 run Python files of a folder whose index
-    names them; we neither let one lie there nor ask."""
+    names them; here a folder with one is refused, and that loader is not called."""
     index = json.loads((folder / "model_index.json").read_text())
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(kind, str) or kind not in NETWORKS:
@@ -153,8 +153,8 @@ def load_components(folder, dtype):
                          f"{', '.join(NETWORKS)}")
     scripts = sorted(path.relative_to(folder) for path in folder.rglob("*.py"))
     if scripts:
-        raise ValueError(f"a model needs no Python file, and {scripts[0]} is one; look what it does, "
-                         "and remove it")
+        raise ValueError(f"a model needs no Python file, and {scripts[0]} is one; look at what it "
+                         "does, and remove it")
     pipeline_class = getattr(diffusers, kind)
     components = {}
     for name, parameter in inspect.signature(pipeline_class.__init__).parameters.items():
@@ -213,7 +213,7 @@ def load_component(folder, component_class, dtype):
 
 
 def variants(folder):
-    """Those of a folder's weights, such as fp16 of model.fp16.safetensors; "" are plain ones."""
+    """The variants of a folder's weights: fp16 of model.fp16.safetensors, "" of plain ones."""
     pattern = (r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?"
                r"\.(?:safetensors|bin)")
     found = [re.fullmatch(pattern, file.name) for file in folder.iterdir()]
@@ -229,7 +229,7 @@ def find_variant(folder):
 
 
 def check_network(pipeline):
-    """Refuses networks that ask for more than latents, time and prompt, which would be left without
+    """Refuses networks that ask for more than latents, time and prompt, and would be left without
     it in silence."""
     network, config = denoiser(pipeline), denoiser(pipeline).config
     asks = [f"{option} {config[option]}" for option in FURTHER_INPUTS
@@ -269,8 +269,8 @@ def try_out(pipeline, model, dtype):
 
 
 def check_kind(pipeline, folder):
-    """Raises ValueError where a run's own model predicts something else than this one does, though its
-    network has the same layers."""
+    """Raises ValueError where a run's own model predicts something other than this one does, though
+    its network has the same layers."""
     config = folder / "config.json"
     model = Path(locate(json.loads(config.read_text()).get("model", ""))) if config.exists() else folder
     path = model / "scheduler" / "scheduler_config.json"

@@ -1,7 +1,7 @@
 """How much memory of a GPU a run needs, before it is started: networks are built without their
 numbers, and the real code runs on them to see which activations it keeps for the backward pass.
 
-    python memory.py                                       every preset, one line each
+    python memory.py                                       every preset for a GPU, one line each
     python memory.py --preset sdxl-24gb --train-batch 4    the same preset with other settings
     python memory.py --model my_model                      a model of your own
     torchrun ...                                           each process needs what is printed
@@ -31,7 +31,7 @@ CONTEXT = 0.7 * GB
 # parameters of the networks beside them: CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL read the
 # prompts.
 CLIP_L, CLIP_G, T5_XXL = 123_060_480, 694_659_840, 4_762_310_656
-T5_WO = 24 * 10240 * 4096  # of T5, in float32 also where the others are in fp16
+T5_WO = 24 * 10240 * 4096  # T5's wo weights, in float32 even where its others are in fp16
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 NETWORKS = {
@@ -67,9 +67,9 @@ def storages(*tensors):
 
 
 def as_fake(network):
-    """Its parameters and buffers as tensors that have a size and a place, but no numbers. The place
-    is the CPU, since torch knows no GPU where there is none; norms compute in float32, as autocast
-    has them do on a GPU alone."""
+    """Turns its parameters and buffers into tensors that have a size and a place, but no numbers.
+    The place is the CPU, since torch knows no GPU where there is none; norms compute in float32, as
+    autocast has them do on a GPU only."""
     for module in network.modules():
         norm = isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm))
         if norm:
@@ -87,7 +87,7 @@ def activations(network, inputs, dtype, checkpointing):
     """Bytes that a forward pass keeps for the backward pass. network, inputs: of fake tensors;
     inputs: those of predict."""
     weights = storages(*network.parameters(), *network.buffers())
-    kept, alive, largest = {}, [], 0  # alive: identities of tensors that are gone are given again
+    kept, alive, largest = {}, [], 0  # alive: the identity of a tensor that is gone may be reused
 
     def keep(into, tensor):
         alive.append(tensor)
@@ -188,7 +188,7 @@ def peak_memory(config, world=1, pipeline=None):
         "rewards": GB * sum(REWARDS.get(name.partition("=")[0], 0)
                             for name in [*parse_reward(config.reward), *watched(config)]),
         "CUDA": CONTEXT}
-    one_of_them = min(parts["activations"], parts["decoding"])  # they are not there at one time
+    one_of_them = min(parts["activations"], parts["decoding"])  # never there at the same time
     loading = total * width + readers + decoder + CONTEXT  # --offload comes after it
     return parts | {"loading": loading, "peak": max(sum(parts.values()) - one_of_them, loading)}
 

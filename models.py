@@ -9,7 +9,7 @@
 These functions know the differences: `encode_prompt`, `passes` and `condition` (prompts), `predict`
 (the network), `network_channels`, `check_resolution` and `schedule_inputs` (size and schedule), `blocks`
 and `lora_targets` (layers). Another family needs a branch where Stable Diffusion 1's, the last one, does
-not suit it, its classes in NETWORKS and CLASSES of loading.py, which refuses other models, and a random
+not suit it; its classes in NETWORKS and CLASSES of loading.py, which refuses other models; and a random
 model in tests/families.py. Everything else works with what they return: latents (B, C, H, W), the
 network's output of the same shape, and embeddings that it only hands on.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 # Both libraries remark on what is fine here, torchvision's absence for one; "warning" lets you hear it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-# diffusers 0.42 calls torch_dtype dtype, which releases before do not know
+# diffusers 0.42 calls torch_dtype dtype, which earlier releases do not know
 warnings.filterwarnings("ignore", message=".*torch_dtype.*")
 
 import diffusers
@@ -84,7 +84,7 @@ def text_encoders(pipeline):
 
 
 def main_tokenizer(pipeline):
-    """Of the text encoder that reads most of a prompt: T5 where there is one."""
+    """That of the text encoder that reads most of a prompt: T5 where there is one."""
     return (getattr(pipeline, "tokenizer_3", None) or getattr(pipeline, "tokenizer_2", None)
             or pipeline.tokenizer)
 
@@ -104,7 +104,7 @@ def blocks(network):
 
 
 def lora_targets(network):
-    """Its attention's layers, where transformers have some for the prompt's tokens, too."""
+    """The layers of its attention, in transformers also those for the prompt's tokens."""
     targets = "to_q,to_k,to_v,to_out.0"
     if any(name.endswith("add_q_proj") for name, _ in network.named_modules()):
         targets += ",add_q_proj,add_k_proj,add_v_proj,to_add_out"
@@ -122,14 +122,14 @@ def make_trainable(network, config):
         for target in targets:  # peft is content when one of them is there
             if not any(f".{name}".endswith(f".{target}") for name in names):
                 raise ValueError(f"--lora-targets {wanted}: no layer of the {type(network).__name__} is "
-                                 f"called {target!r}; choose such as {lora_targets(network)}")
+                                 f"called {target!r}; choose some, such as {lora_targets(network)}")
         torch.manual_seed(config.seed)  # the adapter starts the same on every process
         try:
             network.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank,
                                            init_lora_weights="gaussian", target_modules=targets))
         except (ValueError, TypeError) as error:  # a layer that is neither linear nor a convolution
-            raise ValueError(f"--lora-targets {wanted}: {first_line(error)}; choose such as "
-                             f"{lora_targets(network)}") from error
+            raise ValueError(f"--lora-targets {wanted}: {first_line(error)}; choose others, such "
+                             f"as {lora_targets(network)}") from error
     else:
         network.requires_grad_(True)
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -141,7 +141,7 @@ def make_trainable(network, config):
 # Size and schedule
 
 def check_resolution(resolution, network_class, config, scale):
-    """The side of a network's patches of latents. Raises ValueError if the picture is not made of them.
+    """The side of a network's patches of latents. Raises ValueError if they do not fill the picture.
 
     scale: pixels of a latent's side."""
     patch = 2 if network_class is FluxTransformer2DModel else config.get("patch_size", 1)
@@ -187,7 +187,7 @@ def prediction_kind(scheduler):
 
 def ddim_scheduler(scheduler):
     """The scheduler that we sample with: a flow-matching one as it is, otherwise DDIM with the same
-    noise schedule. Settings keep the values that the given scheduler runs with, also those that its
+    noise schedule. Settings keep the values that the given scheduler runs with, even those that its
     file left out.
 
     Raises ValueError, one line, for a scheduler of neither kind, and for options under which the
@@ -197,8 +197,8 @@ def ddim_scheduler(scheduler):
     if is_flow(scheduler):
         for option in ("stochastic_sampling", "invert_sigmas"):
             if config.get(option):
-                raise ValueError(f"scheduler: {option}={config[option]} is another process than the one that "
-                                 f"we sample; set {option} to false in scheduler/scheduler_config.json")
+                raise ValueError(f"scheduler: {option}={config[option]} is another process than the "
+                                 f"one we sample; set {option} to false in scheduler/scheduler_config.json")
         return scheduler
     if "beta_schedule" not in config or config.get("use_flow_sigmas"):
         raise ValueError(f"scheduler: {name} has no noise schedule that we know; give one with a beta "
@@ -208,7 +208,7 @@ def ddim_scheduler(scheduler):
             raise ValueError(f"scheduler: {option}=True bends the step, which is then no Gaussian around an "
                              f"affine mean; set {option} to false in scheduler/scheduler_config.json")
         config[option] = False  # DDIMScheduler's own default for clip_sample is True
-    if "original_inference_steps" in config:  # LCM and TCD, which ignore it, start at pure noise
+    if "original_inference_steps" in config:  # LCM, TCD: they ignore the spacing and start at pure noise
         config["timestep_spacing"] = "trailing"
     config.pop("_use_default_values", None)  # or DDIM's defaults would replace those of the given class
     try:
@@ -220,8 +220,8 @@ def ddim_scheduler(scheduler):
 
 def schedule_inputs(pipeline, num_steps):
     """What the pipeline hands to a flow-matching scheduler's set_timesteps, for `ddim_table`:
-    FLUX's first times, and a shift mu that grows with the number of the picture's tokens, from
-    base_shift at 256 to max_shift at 4096."""
+    FLUX's times before their shift, and a shift mu that grows with the number of the picture's tokens,
+    from base_shift at 256 to max_shift at 4096."""
     config, kind = pipeline.scheduler.config, kind_of(pipeline)
     inputs = {}
     if kind == "FluxPipeline" and not config.get("use_flow_sigmas"):
@@ -244,8 +244,8 @@ def encode_prompts(pipeline, prompts, cache=None):
     2, and otherwise a dict of the network's inputs, each (B, ...). cache: a dict that remembers
     them by prompt.
 
-    Each different prompt is encoded once and alone, so that its embedding does not depend on its
-    company. The text encoders work wherever they are, and what is remembered may lie elsewhere, too.
+    Each different prompt is encoded once and alone, so that its embedding does not depend on the
+    others. The text encoders work wherever they are, and what is remembered may lie elsewhere, too.
     """
     cache = {} if cache is None else cache
     device = denoiser(pipeline).device
@@ -362,12 +362,12 @@ def decode(pipeline, latents):
     activations are large.
 
     A VAE that waits on the CPU is brought to the latents, and stays there.
-    Raises FloatingPointError if latents or pixels are not finite: they would be black.
+    Raises FloatingPointError if latents or pixels are not finite: the pictures would be black.
     """
     vae, config = pipeline.vae.to(latents.device), pipeline.vae.config
     shift, scale = config.get("shift_factor") or 0.0, config.scaling_factor
     means, stds = config.get("latents_mean"), config.get("latents_std")
-    if means and stds and kind_of(pipeline) == "StableDiffusionXLPipeline":  # no other reads them
+    if means and stds and kind_of(pipeline) == "StableDiffusionXLPipeline":  # other pipelines ignore them
         shift, std = (latents.new_tensor(values).view(-1, 1, 1) for values in (means, stds))
         scale = scale / std
     images, finite = [], latents.isfinite().all()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 
 class RunStopped(Exception):
-    """A run that cannot go on, for a reason outside of this code. What it has done is on disk."""
+    """A run that cannot go on, for a reason outside this code. What it has done is on disk."""
 
 
 class PeerLost(Exception):
@@ -55,7 +55,7 @@ def place():
     if not 0 <= rank < world:
         given = [f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
         raise ValueError(f"{' '.join(given)}: must be a rank below the number of processes; torchrun sets "
-                         "both, unset them for one process")
+                         "both; unset them for one process")
     return rank, world
 
 
@@ -67,7 +67,7 @@ def reduce(tensor, operation=dist.ReduceOp.SUM):
     return tensor
 
 
-# RuntimeErrors of this process that may only show in a collective, where a GPU is waited for
+# RuntimeErrors of this process that may show only in a collective, which waits for the GPU
 OURS = torch.OutOfMemoryError, torch.AcceleratorError
 
 
@@ -96,9 +96,9 @@ def sum_gradients(parameters):
 def stop_signals(say):
     """Inside, Ctrl-C and SIGTERM call say(signal number) and end the process, with exit code 130.
 
-    A thread does it. Python itself would raise KeyboardInterrupt in the main thread: that is lost
-    where it is in a callback, and late where it waits for a process that is gone. The disk holds all
-    that is needed.
+    A thread does it. Python itself would raise KeyboardInterrupt in the main thread: lost
+    while that thread is in a callback, and late while it waits for a process that is gone. The disk
+    holds all that is needed.
     """
     def wait():
         while number := os.read(arrived, 1):
@@ -109,7 +109,7 @@ def stop_signals(say):
     arrived, wake = os.pipe()
     os.set_blocking(wake, False)
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored: as nohup has it
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored, as under nohup: left so
             HANDLERS[number] = signal.signal(number, lambda *_: None)
     before = signal.set_wakeup_fd(wake)  # Python writes the number there at once
     threading.Thread(target=wait, daemon=True).start()
@@ -141,7 +141,7 @@ def leave(message, code):
     if world == 1:
         return
     if rank:
-        time.sleep(2)  # if all of them fail, torchrun ends this one here, and the line is there once
+        time.sleep(2)  # if all of them fail, torchrun ends this one here, and the line appears once
     print(message, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": message, "timestamp": str(int(time.time()))}
@@ -151,7 +151,8 @@ def leave(message, code):
 
 def command_line(arguments, parse_config, prepare, fit):
     """The command line of a loop. Exit codes: 0; 2 for settings that cannot work; 1 for a run that
-    cannot go on; 130 for one that was stopped. Each but 0 with one line."""
+    cannot go on; 130 for one that was stopped. All but 0 come with one line, an error of
+    our own with its traceback, too."""
     try:
         rank, world = place()
     except ValueError as error:
@@ -187,7 +188,7 @@ def command_line(arguments, parse_config, prepare, fit):
         except PeerLost as error:
             if world == 1:
                 raise
-            time.sleep(5)  # torchrun ends this one, too; if it ended first, the report would name it
+            time.sleep(5)  # torchrun ends this one, too; ending first, it would be in the report
             leave(str(error), 1)  # nobody else has failed: NCCL itself cannot work, and says why
         except Exception as error:
             if world > 1:

@@ -95,7 +95,7 @@ def digest(content):
 def cut_prompts(tokenizer, prompts):
     """{prompt: its end, which the text encoder never sees} for the prompts that are too long.
 
-    tokenizer: one of transformers whose texts end with one special token, as those of CLIP and T5.
+    tokenizer: one of transformers that ends a text with one special token, as CLIP's and T5's do.
     """
     longest, unique = tokenizer.model_max_length, list(dict.fromkeys(prompts))
     rows = tokenizer(unique, truncation=False, verbose=False).input_ids
@@ -115,7 +115,7 @@ def cut_notice(tokenizer, prompts):
 
 
 def set_names(specs):
-    """The sets in a list such as "animals_held_out,objects"; "" has none. So a file's path has no comma."""
+    """The sets in a list such as "animals_held_out,objects"; "" has none. So no path may have a comma."""
     return [name.strip() for name in specs.split(",") if name.strip()]
 
 

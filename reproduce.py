@@ -1,7 +1,7 @@
 """The paper's experiments, at the scale of the machine at hand. Results go to results/<model>/.
 
     python reproduce.py rewards            before and after, for each reward
-    python reproduce.py algorithms         DDPO-IS, DDPO-SF, RWR, RWR-sparse: reward against images
+    python reproduce.py algorithms         DDPO, RWR, NFT, AWM and controls: reward against images
     python reproduce.py generalisation     trained animals, unseen animals, objects
     python reproduce.py overoptimisation   far past the optimum, and what each prevention changes
     python reproduce.py fewer_steps        cheaper ways to sample and train: reward against time
@@ -22,7 +22,7 @@ the first into README.md.
 
 `--model models/emoji-flow` has all but `typographic` and `control`, whose models are their own. With
 a model that is not shipped there are `rewards` and `algorithms`, without `clip`: the shipped CLIP,
-which the other experiments use as a judge or as a watched metric, knows icons alone.
+which the other experiments use as a judge or as a watched metric, knows icons only.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def start_run(name, command, out, threads, quiet):
     return process, output
 
 
-# A run fills these in; so they count where a command gives them
+# A run fills these in, so they are compared only where a command gives them
 FILLED_IN = {"out", "name", "device", "dtype", "updates", "lr", "sampler", "eta", "beta"}
 
 
@@ -143,8 +143,8 @@ def check_same(folder, command):
 
 
 def run_all(runs, out, logs, jobs, minutes):
-    """Bring every run to its end, `jobs` at a time, and copy their logs. After the minutes no run
-    is started any more. Returns the names of the runs that are left."""
+    """Bring every run to its end, `jobs` at a time, and copy their logs. After the minutes no
+    further run is started. Returns the names of the runs that are left."""
 
     def is_finished(name):
         return finished(out / name, runs[name].split()[0])
@@ -248,7 +248,7 @@ def parse(arguments):
         parser.error(f"--flags {args.flags}: {', '.join(own)} is given by each run itself")
     if args.seeds < 1 or args.jobs < 1 or not args.minutes >= 0:
         given = f"--seeds {args.seeds} --jobs {args.jobs} --minutes {args.minutes:g}"
-        parser.error(f"{given}: at least 1, 1 and 0")
+        parser.error(f"{given}: must be at least 1, 1 and 0")
     args.experiments = args.experiments or choices
     return args
 

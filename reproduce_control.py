@@ -36,7 +36,7 @@ def change(logs, metric, digits):
 
 
 def draw(runs, results, out):
-    """(lines of the table, numbers), and control.png; control_plans.png where the runs are left."""
+    """(lines of the table, numbers), and control.png; control_plans.png where the runs are still there."""
     rows, numbers = [], {}
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for name in PLANS:

@@ -26,7 +26,7 @@ from rewards import clip_top1, get_reward
 from run_folder import picture_grid, read_metrics
 from sample import sample_trajectories, step_etas
 
-# Student's t, two-sided 95 %, by number of seeds; 2.31 for 9
+# Student's t, two-sided 95 %, by number of seeds; 2.31 for more
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 REWARDS = ("compress", "incompress", "clip")
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -158,8 +158,8 @@ def newer(path, other):
 
 
 def measured(runs, path, out, measure_run):
-    """{run: measure_run(its settings, its folder)}, but not None, of weights that are newer than the
-    file at `path`; of the other runs as that file says. Then it says all."""
+    """{run: measure_run(its settings, its folder)}, where that is not None: measured anew where the
+    weights are newer than the file at `path`, else as that file says. Then it is written anew."""
     seen = json.loads(path.read_text()) if path.exists() else {}
     for run in runs:
         folder = out / run
@@ -172,7 +172,7 @@ def measured(runs, path, out, measure_run):
 
 def recognition(config, weights):
     """The share of 720 evaluation_pictures (sixteen of each animal) that the independent classifier
-    recognises. Its standard error is 0.012; of 180 it would be as large as what prevention changes."""
+    recognises. Its standard error is 0.012; of 180 it would be as large as what a prevention changes."""
     images, chosen = evaluation_pictures(config, weights, load_prompts(config.prompts), count=720)
     return recognised(images, chosen).mean().item()
 
@@ -334,8 +334,8 @@ def draw_algorithms(runs, results, out):
 
 
 def measure_held_out(runs, path, out):
-    """{"<run or base or guided> <prompts>": means}, of the weights that are newer than the file at
-    `path`; of the others as that file says. Then it says all."""
+    """{"<run or base or guided> <prompts>": means}: as the file at `path` says, but measured where
+    it lacks them or the weights are newer than it. Then it is written anew."""
     seen = json.loads(path.read_text()) if path.exists() else {}
     for reward, sets in HELD_OUT.items():
         trained = {run: out / run for run in runs
@@ -402,7 +402,7 @@ def draw_overoptimisation(runs, results, out):
 
     seen = measured(runs, results / "logs" / "overoptimised.json", out, shares_of)
 
-    def with_size(row):  # a mixture's reward is not the size, then eval_compress is
+    def with_size(row):  # a mixture's reward is not the size; its eval_compress is
         return row | {"eval_size": abs(row.get("eval_compress", row["eval_reward"]))}
 
     for prevention in PREVENTIONS:
@@ -529,9 +529,9 @@ def draw_fewer_steps(runs, results, out):
 
 
 def draw_samplers(runs, results, out):
-    """Gains are relative to the variant's own pictures before training: each sampler leaves another
-    amount of noise in them. Time is that of the variant's shortest epoch, without an evaluation: what
-    else the machine does makes an epoch only longer."""
+    """Gains are relative to the variant's own pictures before training: each sampler leaves a
+    different amount of noise in them. Time is that of the variant's shortest epoch, without an
+    evaluation: whatever else the machine does can only make an epoch longer."""
     figure, axes = plots(2, width=5.5, height=4)
     panels = {
         "which steps are trained": ("first half", "all"),

@@ -1,7 +1,7 @@
 """An interrupted run goes on: what its checkpoint and metrics.jsonl must hold, and their way back.
 
-Nothing of them is believed unseen. A file that was cut off, edited, or written by other code or settings
-is refused in one line, since torch would broadcast a tensor of another shape without a word.
+Nothing in them is trusted unchecked. A file that was cut off, edited, or written by other code or
+settings is refused in one line, since torch would silently broadcast a tensor of another shape.
 """
 
 import math
@@ -53,8 +53,8 @@ def restore(run):
 
 
 def check_checkpoint(saved, run):
-    """Raises ValueError, one line, unless a checkpoint is one of such a run: as many tensors, each of
-    the same shape and dtype, all finite."""
+    """Raises ValueError, one line, unless the checkpoint fits the run: as many tensors, each of the
+    same shape and dtype, all finite."""
     config, count = asdict(run.config), len(run.parameters)
 
     def refuse(problem):
@@ -129,7 +129,7 @@ def check_rows(run, epoch, rows):
     """Raises ValueError unless metrics.jsonl has all that the guard and the curves read."""
     path, rows = run.folder / "metrics.jsonl", rows[:epoch + 1]
     if [row["epoch"] for row in rows] != list(range(epoch + 1)):
-        raise ValueError(f"{path} lacks rows before epoch {epoch}, which the checkpoint is of; mend "
+        raise ValueError(f"{path} lacks rows before the checkpoint's epoch, {epoch}; mend "
                          "that file, or begin anew with another --name")
     evaluated = ["eval_reward", *(key for key in rows[0] if key.startswith("eval_"))]
     for row in rows:

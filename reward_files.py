@@ -51,7 +51,7 @@ def replace(items, value):
 
 
 def signals():
-    """What Ctrl-C and SIGTERM do, which the main thread alone can ask and set: asyncio switches it off."""
+    """What Ctrl-C and SIGTERM do: asyncio changes it, and only the main thread can read or set it."""
     if threading.current_thread() is not threading.main_thread():
         return None
     signal.set_wakeup_fd(wakeup := signal.set_wakeup_fd(-1))
@@ -69,11 +69,11 @@ def set_streams(value):
     sys.stdout, sys.stderr = value
 
 
-# (read, write) of what code can switch for the whole process. Each reward has its own of these:
+# (read, write) of what code can switch for the whole process. Each reward has its own values:
 # they hold in its file and in each of its calls, and nowhere else.
 OWN = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.get_default_device,  # the device itself would slow down every call of torch
+    (torch.get_default_device,  # None for cpu: any default device slows down all of torch
      lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
     (torch.get_rng_state, torch.set_rng_state),
     (np.random.get_state, np.random.set_state),
@@ -87,8 +87,8 @@ OWN = (
     (lambda: torch.cuda.current_device() if torch.cuda.is_initialized() else None,
      lambda value: None if value is None else torch.cuda.set_device(value)),
 )
-# These change the numbers of all threads, and on a GPU a reward is computed while the next pictures
-# are sampled, or are the process's alone. So they are only put back, after the file and after each call.
+# These are the process's alone, or change the numbers of all its threads, and on a GPU a reward runs
+# while the next pictures are sampled. So they are only put back, after the file and after each call.
 SHARED = (
     (signals, set_signals),
     (lambda: (sys.stdout, sys.stderr), set_streams),
@@ -120,7 +120,7 @@ class Guest:
 
     A file imports from its own folder first, as in `python file.py`. What it imports from there is
     in sys.modules only while the reward's code runs. So its prompts.py is not taken for ours, nor
-    ours for its, and two rewards from two folders may each have a helper.py.
+    ours for its own, and two rewards from two folders may each have a helper.py.
     """
 
     name: str
@@ -138,9 +138,9 @@ class Guest:
         say = functools.partial(tqdm.write, file=sys.stderr)  # around progress bars
         slow = threading.Timer(PATIENCE, say, [f"reward {self.name}: no answer for {PATIENCE} s; "
                                                "still waiting"])
-        slow.daemon = True  # it does not keep a process that ends
+        slow.daemon = True  # it keeps no process from ending
         slow.start()
-        with torch.inference_mode(torch.is_inference_mode_enabled()):  # ends what is left on inside
+        with torch.inference_mode(torch.is_inference_mode_enabled()):  # undoes what the reward leaves on
             try:
                 for (_, write), value in zip(OWN, self.settings or ours):
                     write(value)
@@ -169,7 +169,7 @@ class Guest:
 
 def seed(*key):
     """A reward's random numbers follow from its pictures, so that the same pictures get the same values,
-    in a run that is resumed, too."""
+    also in a resumed run."""
     number = int(np.random.SeedSequence(key).generate_state(1)[0])
     for generator in (torch.manual_seed, np.random.seed, random.seed):
         generator(number)
@@ -209,7 +209,7 @@ def load_function(spec):
             module_spec.loader.exec_module(module)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # SystemExit, too: sys.exit() in a reward is no end of a run
+    except BaseException as error:  # SystemExit, too: sys.exit() in a reward must not end a run
         raise RewardError(f"reward {spec}: {file} cannot be imported "
                           f"({one_line(error)})") from error
     reward = getattr(module, function, None)

@@ -21,8 +21,8 @@ How to write a reward on a command line, and in get_reward:
     align=VLM@ENCODER      two models; @ENCODER alone keeps the default VLM
     compress:0.3,clip:1    a mixture: a weighted sum of components in units of their own std
 
-Without a network, put a model into models/<last part of its id> beside this file. That folder is
-searched first.
+Without internet access, put a model into models/<last part of its id> beside this file. That folder
+is searched first.
 
 A reward cannot change what is trained. It gets copies of the pictures and prompts, and what it
 switches in the process (gradient mode, random state, working folder, ...) holds for its own code
@@ -81,7 +81,7 @@ def incompress(device):
 def clip(device, model=None):
     """The plain cosine, −1 to 1.
 
-    Papers multiply it by 100 or 2.5 (CLIPScore). Advantages are the same for every factor.
+    Papers multiply it by 100 or 2.5 (CLIPScore). Advantages do not depend on the factor.
     """
     network = load("clip=", load_clip, model or EMOJI_CLIP, device)
 
@@ -138,7 +138,7 @@ def clip_top1(images, prompts, candidates, device=None, model=EMOJI_CLIP):
 
 
 def embeddings_top1(embeddings, prompts, candidates, device=None, model=EMOJI_CLIP):
-    """clip_top1 of pictures of which clip_image_embeddings has made embeddings, (B, D)."""
+    """clip_top1 from the embeddings, (B, D), that clip_image_embeddings made of the pictures."""
     network = load_clip(model, pick_device(device))
     texts = embed_texts(network, candidates)
     nearest = (embeddings.to(texts.device) @ texts.T).argmax(1)
@@ -240,7 +240,7 @@ def load(option, loader, model, *arguments):
             cure = "it comes with the repository, and `python emoji/pretrain.py` makes it anew"
         elif not Path(model).exists() and not Path(model).is_absolute():
             place = HERE / "models" / Path(model).name
-            cure = (f"where there is a network, `hf download {model} --local-dir {place}`, and "
+            cure = (f"where there is internet, `hf download {model} --local-dir {place}`, and "
                     f"bring that folder here; or {cure}")
         raise RewardError(f"reward {option.partition('=')[0]}: cannot load {model} "
                           f"({one_line(error):.200}); {cure}; compress, incompress, clip and "
@@ -281,8 +281,8 @@ def get_reward(spec, device=None):
 
     One reward keeps its own scale, times its weight if it has one. A mixture is the weighted sum of
     its components' z-scores within the batch. A loop, which has more than a batch to normalise them
-    by, takes them one by one (parse_reward, ddpo.mixed_advantages). Of a single reward without a
-    weight, .log_counts holds events for the log, which are no errors.
+    by, takes them one by one (parse_reward, ddpo.mixed_advantages). A single reward without a
+    weight has .log_counts: events for the log that are not errors.
     """
     device = pick_device(device)
     try:
@@ -324,7 +324,7 @@ def open_picture(file):
     transparent, 16 bits as 8. Of several frames the first."""
     image = ImageOps.exif_transpose(Image.open(file))
     if image.mode == "F":
-        raise ValueError("its pixels are floats, whose black and white it does not tell")
+        raise ValueError("its pixels are floats, and it does not say which are black and white")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.array(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:

@@ -4,7 +4,9 @@ and a power cut, curves and pictures.
     runs/<name>/config.json                        every setting
                 metrics.jsonl                      one row an epoch; docs/metrics.md defines every key
                 rewards.png, progress.png          curves; the same prompts and seeds, by evaluation
+                progress/                          the strips of progress.png, one an evaluation
                 pytorch_lora_weights.safetensors   for pipe.load_lora_weights(folder); or unet/
+                last/                              the newest weights, where the guard kept older ones
                 checkpoint/epoch_*.pt              the last two, for --resume
                 lock                               while a process writes the run
 """
@@ -118,8 +120,8 @@ def reserved(folder):
             raise ValueError(f"{folder}: {owner} is writing this run; wait for it, or choose "
                              "another --name") from None
         except OSError as error:  # some network file systems have no locks
-            print(f"{folder}: cannot be locked ({first_line(error)}); see to it that one process "
-                  "writes it", file=sys.stderr)
+            print(f"{folder}: cannot be locked ({first_line(error)}); make sure that only one "
+                  "process writes it", file=sys.stderr)
         with contextlib.suppress(FileNotFoundError):
             # a process that removed its lock after we opened it has left us a file without a name
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "lock")):
@@ -139,7 +141,7 @@ def reserved(folder):
 
 def refuse_existing(folder):
     """Raises ValueError if there is anything in the folder that a new run could write over, or if it lies in
-    a run's own, which that run would delete."""
+    the folder of another run, which may delete it."""
     found = {path.name for path in folder.iterdir() if any(path.iterdir() if path.is_dir() else [True])}
     if found & {"config.json", "metrics.jsonl", "checkpoint"}:
         raise ValueError(f"{folder}: exists already; go on with --resume {shlex.quote(str(folder))}, or "
@@ -173,7 +175,7 @@ def save_weights(pipeline, config, folder):
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         if config.lora_rank:
-            # keys as peft has them, for every layer: of a file with two styles of keys diffusers drops one
+            # keys as peft has them, for every layer: of two styles in one file diffusers drops one
             layers = get_peft_model_state_dict(getattr(pipeline, name))
             # safetensors takes no convolution in channels_last, which a GPU and --compile have
             layers = {key: value.contiguous() for key, value in layers.items()}
@@ -186,21 +188,21 @@ def save_weights(pipeline, config, folder):
             os.replace(file, target / file.name)
         sync(target), sync(target.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"{target}: weights cannot be written ({error}); the checkpoint before is "
+        raise OSError(f"{target}: weights cannot be written ({error}); the previous checkpoint is "
                       f"intact: make room, then --resume {shlex.quote(str(run))}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def save_checkpoint(folder, state):
-    """There is no moment at which a kill or a power cut leaves less than the checkpoint before."""
+    """At no moment would a kill or a power cut leave less than the previous checkpoint."""
     folder.mkdir(exist_ok=True)
     sync(folder.parent)
     path = folder / f"epoch_{state['epoch']:06d}.pt"
     try:
         write_whole(path, lambda file: torch.save(state, file))
     except OSError as error:
-        raise OSError(f"{error}; the checkpoint before is intact: make room, then --resume "
+        raise OSError(f"{error}; the previous checkpoint is intact: make room, then --resume "
                       f"{shlex.quote(str(folder.parent))}") from error
     for old in sorted(folder.glob("epoch_*.pt"))[:-2]:
         old.unlink()
@@ -210,7 +212,7 @@ def load_checkpoint(folder):
     """The newest checkpoint that is whole, or None where there is none.
 
     A damaged one is passed over, with a line, for the one before. Raises ValueError if there are
-    some and none can be read: to begin again would overwrite what they are of.
+    some and none can be read: to begin again would overwrite the run that they are of.
     """
     folder = Path(folder)
     try:
@@ -270,7 +272,7 @@ def read_config(folder):
 
 
 def row_line(row):
-    """A row of metrics.jsonl. JSON has no infinity, as the gradient's norm is where fp16 overflows."""
+    """A row of metrics.jsonl. The gradient's norm is infinite where fp16 overflows; JSON has no infinity."""
     return json.dumps({key: value if value is None or math.isfinite(value) else None
                        for key, value in row.items()})
 
@@ -359,8 +361,8 @@ def open_tracker(config, folder):
 
 
 def wrapped(label, font, width, lines):
-    """The label in at most so many lines of as many letters as have room, at its average letter's
-    width."""
+    """The label in at most so many lines, each of as many letters as fit into the width, at their
+    average width."""
     letters = int(0.95 * width * len(label) / (font.getlength(label) or 1))
     return "\n".join(textwrap.wrap(label, max(1, letters), max_lines=lines, placeholder="…"))
 

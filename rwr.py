@@ -19,8 +19,8 @@ known (`ddpo.py`).
 same. A guided prediction is not the denoiser of the pictures that it draws, so fitting it to them moves
 it: the pictures of the emoji model wash out and become smaller files (with --no-train-guidance larger
 ones). Pictures drawn without guidance, in few steps, are smoother than the data that the model was
-trained on, so each generation is smoother than the last. The effect of the reward is the difference to
-the control (`python reproduce.py algorithms`).
+trained on, so each generation is smoother than the last. The effect of the reward is the difference
+from the control (`python reproduce.py algorithms`).
 """
 
 import time
@@ -48,13 +48,13 @@ class Config(Settings):
     # RWR
     weights: str = "exp"  # exp (RWR), sparse (RWR-sparse)
     beta: float = 2.0  # in exp(β r): 1/temperature, with r in standard deviations, see weigh
-    top: float = 0.1  # share that RWR-sparse trains on, of each prompt's pictures at least one: a
+    top: float = 0.1  # share of the pictures that RWR-sparse trains on, at least one a prompt: a
         # quarter with groups of 4
     per_prompt: bool = True  # weigh a picture among those of its prompt, not among all of the epoch
     inner_epochs: int = 5  # passes over the pictures, with new t and ε each time: as many network
         # rows as ddpo.py's 5 steps of each picture
-    lr: float = 0.0  # 0: that of ddpo.py, but a quarter of it where that is the emoji models',
-        # whose pictures wash out above
+    lr: float = 0.0  # 0: that of ddpo.py, but only a quarter of it for the emoji models, whose
+        # pictures wash out above that
 
 
 # The paper: 10k pictures an iteration, 400 updates of 128. Here a tenth of the pictures, in groups,
@@ -82,8 +82,8 @@ def weigh(rewards, prompts, config):
 
     β multiplies rewards in units of their standard deviation, over the epoch and, per prompt, around
     each prompt's mean. The paper's β = 0.2 multiplied the rewards themselves: with kilobytes of a
-    512-pixel JPEG, a picture that is 10 kB smaller weighs e² as much; with aesthetic points nearly all
-    pictures weigh the same.
+    512-pixel JPEG, a picture that is 10 kB smaller weighs e² times as much; with aesthetic points
+    nearly all pictures weigh the same.
     """
     groups = [torch.arange(len(prompts))]
     if config.per_prompt:

@@ -47,12 +47,12 @@ class Trajectories:
     latents: torch.Tensor  # (B, T+1, C, H, W) float32, from pure noise to x_0
     log_probs: torch.Tensor  # (B, T) float32, mean over C, H, W; 0 where a step had no noise
     timesteps: torch.Tensor  # (T,) as the network is told them, descending
-    images: torch.Tensor  # (B, 3, height, width) uint8
+    images: torch.Tensor  # (B, 3, height, width) uint8; None in training, once they are scored
     prompts: list
 
 
 def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
-    """(timesteps (T,), α (T+1,), s (T+1,) float64): step i leads from α_i x_0 + s_i ε to the levels i + 1.
+    """(timesteps (T,), α (T+1,), s (T+1,) float64): step i leads from α_i x_0 + s_i ε to level i + 1.
 
     mu, sigmas: what the pipelines of some flow-matching models hand to their scheduler's set_timesteps.
     """
@@ -63,7 +63,7 @@ def noise_levels(scheduler, num_steps, mu=None, sigmas=None):
     if is_flow(scheduler):
         if scheduler.config.use_dynamic_shifting and mu is None:
             raise ValueError("scheduler: use_dynamic_shifting needs the shift mu of the picture's size, "
-                             "which this model does not tell; set it to false in "
+                             "which this model does not give; set it to false in "
                              "scheduler/scheduler_config.json")
         scheduler.set_timesteps(num_steps, sigmas=sigmas, **{} if mu is None else {"mu": mu})
         s = scheduler.sigmas.cpu().double()
@@ -82,7 +82,7 @@ WINDOW, WINDOW_SHIFT = r"(\d+):(\d+)", r"([1-9]\d*)/([1-9]\d*)"  # first:end, st
 
 
 def window_places(steps, window="", shift=""):
-    """[(first, end)] of the steps that are actions: more than one place, where the window moves.
+    """[(first, end)] of the steps that are actions: several places where the window moves.
 
     window: "first:end", its first place. shift: "2/5" moves it on by 2 steps every 5 epochs, as in MixGRPO
     (arXiv 2507.21802). Where it would pass the last step, it starts again from its first place."""
@@ -105,7 +105,7 @@ def step_etas(steps, eta=1.0, window="", shift="", epoch=1):
 
 
 # η of each sampler where nothing else is asked for. 1 is DDPM's noise; flow and dance have their papers'
-# value, cps Flow-GRPO's. Above MAX_ETAS ddim could add more noise than s', and cps would add less again.
+# value, cps has Flow-GRPO's. Above MAX_ETAS ddim could add more noise than s', and cps would add less again.
 ETAS = {"ddim": 1.0, "cps": 0.7, "flow": 0.7, "dance": 0.3}
 MAX_ETAS = {"ddim": 1.0, "cps": 1.0, "flow": 2.0, "dance": 2.0}
 
@@ -119,7 +119,7 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
         epsilon   ε̂ = o               v      x̂_0 = α x − s o
         sample    x̂_0 = o             flow   x̂_0 = (x − s o)/(α + s),   o = ε − x_0
 
-    The other one of the two follows from x = α x̂_0 + s ε̂. A step to (α', s') puts both together anew, with
+    The other of the two follows from x = α x̂_0 + s ε̂. A step to (α', s') puts the two together anew, with
     less of the old noise ε̂ where it adds new: μ = α' x̂_0 + b ε̂. With b = s' and σ = 0 that is the model's
     ODE, in any coordinates. The samplers differ in σ and b:
 
@@ -129,15 +129,15 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
         dance   σ = η k' sqrt(t − t')                   b = s' − σ²/(2 k' t)    DanceGRPO, arXiv 2505.07818
 
     k = α + s takes any x to flow coordinates: x/k at time t = s/k. There the last two are Euler–Maruyama
-    steps of an SDE with g² = σ²/(t − t') and drift v + g²/(2t) ε̂. Such a step is right to first order in
-    its length alone, so some noise stays in the picture.
+    steps of an SDE with g² = σ²/(t − t') and drift v + g²/(2t) ε̂. Such a step is right only to
+    first order in its length, so some noise stays in the picture.
 
     eta: η, one for all steps or one for each, (T,), in the sampler's own meaning (see ETAS). Where σ = 0 (at
     η = 0, and in a last step that ends without noise) log σ is -inf: a deterministic step.
-    timesteps: what the network is told, int64, or float32 of a flow-matching scheduler.
+    timesteps: what the network is told, int64, or float32 with a flow-matching scheduler.
     mu, sigmas: see noise_levels.
     Raises ValueError for steps that the schedule does not have, an unknown sampler, an eta out of its range,
-    a step that is not affine, or a schedule under which x_0 cannot be told.
+    a step that is not affine, or a schedule under which x_0 cannot be recovered.
     """
     if sampler not in ETAS:
         raise ValueError(f"--sampler {sampler}: unknown; choose {', '.join(ETAS)}")
@@ -181,7 +181,8 @@ def ddim_table(scheduler, num_steps, eta=1.0, sampler="ddim", mu=None, sigmas=No
     table = torch.stack([c_x, c_o, sigma, sigma.log()], dim=1).float()
     if not table[:, :3].isfinite().all():
         raise ValueError(f"scheduler: with prediction_type {kind!r} its schedule ends in pure noise, where "
-                         "x_0 cannot be told; such a schedule (rescale_betas_zero_snr) needs v_prediction")
+                         "x_0 cannot be recovered; such a schedule (rescale_betas_zero_snr) needs "
+                         "v_prediction")
     return timesteps, table
 
 
@@ -325,7 +326,7 @@ class GraphedStep:
 
 @torch.no_grad()
 def set_strength(pipeline, scale, base=None, tuned=None):
-    """How much of what was trained counts, from 0, the base model, to 1, as trained.
+    """Sets how much of what was trained counts, from 0, the base model, to 1, as trained.
 
     base, tuned: the parameters of a whole network that was trained, which are blended in place. Without them
     an adapter's weight is set."""
@@ -355,13 +356,14 @@ def run_settings(lora):
         value = run.get(key, like)
         kinds = (float, int) if type(like) is float else (type(like),)
         if type(value) not in kinds or key in forms and not re.fullmatch(forms[key], value):
-            raise ValueError(f"{folder / 'config.json'}: {key} is {value!r:.80}, as in no run; mend it")
+            raise ValueError(f"{folder / 'config.json'}: {key} is {value!r:.80}, which no run "
+                             "writes; mend it")
     return run
 
 
 def drawing_settings(args):
-    """What is drawn how, a dict: the flags, then the settings of the run that --lora names, then defaults.
-    Raises ValueError, one line."""
+    """What is drawn and how, a dict: the flags, then the settings of the run that --lora names, then
+    defaults. Raises ValueError, one line."""
     for setting, value in (("images", args.images), ("batch", args.batch), ("steps", args.steps)):
         if value is not None and value < 1:
             raise ValueError(f"--{setting} {value}: must be at least 1")
@@ -389,7 +391,7 @@ def drawing_settings(args):
     if sampler != run["sampler"] or "eta" not in run:
         run["eta"] = ETAS[sampler]
     if "eta" in given or given.get("steps", run["steps"]) != run["steps"]:
-        run["window"] = run["window_shift"] = ""  # which is one of the run's own steps
+        run["window"] = run["window_shift"] = ""  # a window counts the run's own steps
     return run | given
 
 
@@ -406,7 +408,7 @@ def main(arguments=None):
                         "the run's, or models/emoji)")
     parser.add_argument("--lora-scale", type=float, nargs="+", help="strengths of what was trained: 0 is "
                         "the base model, 1 as trained (default 1); several: one below the other")
-    parser.add_argument("--images", type=int, default=4, help="pictures a prompt")
+    parser.add_argument("--images", type=int, default=4, help="pictures a prompt (default 4)")
     parser.add_argument("--batch", type=int, help="pictures drawn at once (default: the run's, or 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default 0)")
     parser.add_argument("--resolution", type=int, help="pixels of a side (default: the run's, or the "
@@ -415,7 +417,7 @@ def main(arguments=None):
                         "shipped models, 50 otherwise)")
     parser.add_argument("--guidance-scale", type=float, help="1 for none (default: the run's, or 4)")
     parser.add_argument("--sampler", choices=ETAS, help="how noise is added (default: the run's, or ddim)")
-    parser.add_argument("--eta", type=float, help="how much; 0: deterministic (default: the run's, or "
+    parser.add_argument("--eta", type=float, help="how much noise; 0 is none (default: the run's, or "
                         + ", ".join(f"{name} {eta:g}" for name, eta in ETAS.items()) + ")")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one, else "
                         "cpu)")
@@ -455,7 +457,7 @@ def main(arguments=None):
         names = [f"strength {scale:g}: " for scale in args.lora_scale]
         names = ["tuned: "] if len(names) == 1 else names
         labels = [(0.0, "base: "), *zip(args.lora_scale, names)]
-    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # a seed has a column
+    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.images)]  # a column per seed
     batches = [jobs[i:i + run["sample_batch"]] for i in range(0, len(jobs), run["sample_batch"])]
     drawn, cache = {}, {}
     try:
@@ -479,7 +481,7 @@ def main(arguments=None):
     sheet = picture_grid([drawn[name] for name in names], names, titles)
     try:
         sheet.save(args.out)
-    except (ValueError, OSError) as error:  # a file has a largest size, but for PNG
+    except (ValueError, OSError) as error:  # formats other than PNG have a largest size
         png = Path(args.out).with_suffix(".png")
         args.out = f"{args.out}.png" if png.exists() else str(png)
         try:

@@ -1,7 +1,7 @@
 """The settings that all training loops share: their defaults, presets, checks, and the command line.
 
 Each loop (`ddpo.py`, `rwr.py`, ...) has a `Config` that inherits `Settings` and adds its own. The comment
-behind a field is also its text in `--help`, and a comment line above some fields is their heading there.
+after a field is also its text in `--help`, and a comment line above several is their heading there.
 """
 
 import argparse
@@ -34,12 +34,12 @@ class Settings:
     watch: str = "clip"  # watched metrics: rewards that are logged and not trained on ("" for none)
     prompts: str = "animals"  # a set of prompts.py, or a file: .txt with a prompt a line, or .jsonl
     model: str = "models/emoji"  # a folder in diffusers' layout, or a hub id
-    preset: str = ""  # settings that go together, see PRESETS; flags that are given win (default: emoji
-        # for the shipped models, whose defaults are shown here, sd15 for all others)
+    preset: str = ""  # settings that go together, see PRESETS; other flags override them (default:
+        # emoji for the shipped models, whose defaults are shown here, sd15 for all others)
     name: str = ""  # of the run's folder (default: the reward)
-    out: str = "runs"  # the folder of the run's folder
+    out: str = "runs"  # the folder in which the run's folder is made
     seed: int = 0  # everything random follows from it
-    epochs: int = 6  # at most, see --guard
+    epochs: int = 6  # at most, see --guard and --patience
 
     # sampling
     images: int = 96  # pictures an epoch, over all processes
@@ -51,7 +51,7 @@ class Settings:
         # flow for models of flow matching, ddim for others)
     eta: float = -1.0  # how much noise, in the sampler's own meaning; 0 is deterministic, which
         # ddpo.py cannot train (default: ddim 1, cps 0.7, flow 0.7, dance 0.3)
-    window: str = ""  # "5:15": only these steps have noise, so that they can be trained ("" for all)
+    window: str = ""  # "5:15": only these steps have noise, and so can be trained ("" for all)
     window_shift: str = ""  # "2/5": the window moves on by 2 steps every 5 epochs, from the last place back
         # to the first ("" for a fixed one)
     group_size: int = 4  # pictures of each prompt in an epoch
@@ -67,7 +67,7 @@ class Settings:
         # those of the attention, see models.lora_targets)
     lr: float = 0.0  # 0: 3e-3 for LoRA and 1.3e-4 for the whole network on the shipped models, or with
         # --preset emoji; on others 3e-4 and 1e-5
-    warmup: int = 10  # updates in which the learning rate rises, because Adam's first steps have
+    warmup: int = 10  # updates over which the learning rate rises, because Adam's first steps have
         # full length, however noisy the gradient is
     weight_decay: float = 1e-4  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -77,7 +77,7 @@ class Settings:
     ema: float = 0.9  # evaluate and save weights averaged over about 1 / (1 - ema) updates (0: the newest)
     guard: float = 0.4  # how far a watched metric may fall, in standard deviations of the base
         # model's pictures (0: no guard)
-    patience: int = 2  # evaluations in a row that fail the guard, or do not improve --eval-prompts,
+    patience: int = 2  # evaluations in a row that fail the guard, or are no better on --eval-prompts,
         # before the run ends
 
     # evaluation and saving
@@ -94,15 +94,15 @@ class Settings:
     dtype: str = ""  # of the network's arithmetic: bf16, fp16, fp32 (default: fp16 on a GPU,
         # bf16 on a CPU that has it, else fp32); log-probs are always float32
     kernels: str = "auto"  # triton, torch, or auto: triton on a GPU
-    compile: bool = False  # the network, with torch.compile: minutes of waiting first
+    compile: bool = False  # the network, with torch.compile, which takes minutes at first
     cuda_graph: bool = False  # launch a sampling step as one CUDA graph
     gradient_checkpointing: bool = False  # a third more arithmetic, much less memory
-    offload: bool = False  # keep text encoder, trajectories and, during updates, the VAE in the computer's
-        # memory
+    offload: bool = False  # keep the text encoder, trajectories and, during updates, the VAE in the
+        # computer's memory
 
 
 # The paper's settings (table 3 and app. D), with LoRA as in ddpo-pytorch. The shipped CLIP knows icons
-# alone, so it cannot watch photographs. Batches are the same in sampling and in training: a GPU may
+# only, so it cannot watch photographs. Batches are the same in sampling and in training: a GPU may
 # choose another kernel for another size, which rounds differently.
 PAPER = dict(
     model="stable-diffusion-v1-5/stable-diffusion-v1-5", epochs=100, images=256, sample_batch=4,
@@ -119,7 +119,7 @@ SD35 = SMALLER | dict(model="stabilityai/stable-diffusion-3.5-medium", steps=10,
                       gradient_checkpointing=True, offload=True)
 FLUX = SD35 | dict(model="black-forest-labs/FLUX.1-dev", guidance_scale=3.5, sample_batch=4, train_batch=4,
                    dtype="bf16", offload=False)  # the range of fp16 is too small for it
-# What a process of each needs of its GPU: `python memory.py`
+# How much GPU memory a process of each needs: `python memory.py`
 PRESETS = {
     "emoji": {},
     "sd15": PAPER,  # for as long as it takes
@@ -177,7 +177,7 @@ def check_values(config):
                   optimizer=("adamw", "adamw8bit"), tracker=("none", "tensorboard", "wandb"),
                   sampler=("", *ETAS))
     if config.lora_targets and not config.lora_rank:
-        refuse(config, "lora_targets", "needs --lora-rank, such as 4, or the whole network is trained")
+        refuse(config, "lora_targets", "needs --lora-rank, such as 4; else the whole network is trained")
     if not 0 <= config.ema < 1:
         refuse(config, "ema", "must be 0 (none) or below 1")
     window = re.fullmatch(WINDOW, config.window or f"0:{config.steps}")
@@ -222,7 +222,7 @@ def check(config):
 
 def emoji_sized(config):
     """Whether the network is like the shipped ones, 110 times smaller than Stable Diffusion, and needs larger
-    steps. The preset says so of one's own, such as runs/pretrain/emoji-cards."""
+    steps. Of a model of one's own, such as runs/pretrain/emoji-cards, --preset emoji says so."""
     return config.preset == "emoji" or is_emoji(config.model)
 
 
@@ -233,8 +233,8 @@ def check_folder(config):
 
 
 def set_sampler(config, flow=False):
-    """Fills in the sampler, of a model of flow matching or of another, and its noise. Without --sampler it
-    waits for the model: only a scheduler says of which kind it is."""
+    """Fills in the sampler, for a flow-matching model or another, and its noise. Without --sampler, this
+    waits until the model is loaded: only its scheduler says of which kind it is."""
     config.sampler = config.sampler or ("flow" if flow else "ddim")
     if config.eta == -1:
         config.eta = ETAS[config.sampler]
@@ -257,7 +257,7 @@ def above_zero(config, *settings, at_most=math.inf):
 
 
 def check_window_shift(config):
-    """Whether the window can move as --window-shift says."""
+    """Raises ValueError, one line, if the window cannot move as --window-shift says."""
     if not config.window_shift:
         return
     shift = re.fullmatch(WINDOW_SHIFT, config.window_shift)
@@ -280,14 +280,15 @@ def check_choices(config, **choices):
 
 
 def check_machine(config):
-    """Whether this machine can do what the settings ask for. Sets the device of this process."""
+    """Raises ValueError, one line, if this machine cannot do what the settings ask for. Fills in the device
+    of this process and its dtype, and chooses the kernels."""
     config.device = config.device or str(default_device())
     _, world = place()
     if config.device == "cuda" or config.device.startswith("cuda:") and world > 1:
         config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a GPU for each of torchrun's processes
     usable_device(config.device)
     if config.device.startswith("mps") and world > 1:
-        refuse(config, "device", "gloo knows no mps, so one process; or choose cpu")
+        refuse(config, "device", "gloo knows no mps; run one process, or choose cpu")
     on_gpu = config.device.startswith("cuda")
     if config.dtype == "fp16" and not on_gpu:
         refuse(config, "dtype", "needs a CUDA device; choose bf16 or fp32")
@@ -297,14 +298,14 @@ def check_machine(config):
         refuse(config, "optimizer", "needs bitsandbytes; pip install bitsandbytes, or choose adamw")
     if config.optimizer == "adamw8bit" and config.cuda_graph and not config.lora_rank:
         refuse(config, "optimizer", "puts weights in new places, which --cuda-graph would not see; leave "
-               "out one of them, or train a --lora-rank")
+               "out one of them, or give a --lora-rank")
     kernels.BACKEND = config.kernels
     try_kernels(config)
     config.dtype = config.dtype or default_dtype(config.device)
 
 
 def try_kernels(config):
-    """One step of one number. Triton compiles a launcher when it first runs, which needs a C compiler."""
+    """One step on one number: Triton compiles a launcher when it first runs, which needs a C compiler."""
     try:
         if not kernels.use_triton(torch.empty(0, device=config.device)):
             return
@@ -354,7 +355,7 @@ def add_flags(parser, config_class):
 def flags_given(arguments, config_class, doc, beside_resume=""):
     """{setting: value} of the flags on a command line. doc: the text above them in --help.
 
-    beside_resume: the flags that go with --resume; without it there is none."""
+    beside_resume: the flags that go with --resume; "" leaves --resume out."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if beside_resume:
         parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; only "

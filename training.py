@@ -1,7 +1,7 @@
 """What every training loop does around its own mathematics: set up a run, sample and score, log, save, and
-go on after a kill.
+resume after a kill.
 
-The training loops call the first two, and evaluate.py the others, before and after each epoch:
+The training loops call the first two, and evaluate.py the others, around the epochs:
 
     run = start(config)    locks the folder, tries models and rewards, reads an interrupted run back
     collect(run, epoch)    the epoch's pictures: sampled on all processes, scored
@@ -59,7 +59,7 @@ class Run:
     world: int
     prompts: list  # to train on
     held_out: dict  # name of a set of --eval-prompts -> its prompts
-    digest: str  # of both, which an interrupted run must find again
+    digest: str  # of both, which a resumed run must find unchanged
     components: dict  # name of a trained reward -> weight
     rewards: dict  # name -> function, the watched ones too
     files: dict  # name of a reward in a file -> digest of the file
@@ -68,7 +68,7 @@ class Run:
     parameters: list
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    reference: object = None  # a frozen copy of the network, where a whole one is compared with it
+    reference: object = None  # a frozen copy of a network that is trained as a whole, for --kl
     ema: list | None = None  # averaged parameters
     saved: dict | None = None  # the state that a loop gave to `save`, when the run is resumed
     epoch: int = 0  # done
@@ -122,11 +122,11 @@ def set_up(config, folder, resume, reference):
     rank, world = place()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # Matrix products of a network in float32. It holds for the rewards, too, whose differences are
-        # small, so only then. Convolutions, the VAE's for one, have it from torch.
+        # TF32 in matrix products, for a network in float32 alone: the rewards get it too, and their
+        # differences are small. Convolutions, the VAE's for one, have it by torch's own default.
         torch.backends.cuda.matmul.allow_tf32 = dtype == torch.float32
     if world > 1 and not dist.is_initialized():
-        # NCCL gives up after ten minutes, in which a reward may not have answered on one process
+        # NCCL gives up after ten minutes, and a reward on one process may take longer to answer
         backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
         dist.init_process_group(backend, timeout=patience)
 
@@ -180,8 +180,8 @@ def set_up(config, folder, resume, reference):
         restore(run)
     run.step = GraphedStep() if config.cuda_graph else None
     # Rewards are computed while the next pictures are sampled. Not on a CPU: a second thread that
-    # calls torch makes every operation of the first slower (libgomp does not spin between them any
-    # more once it counts more threads than cores). On mps it kills the process (pytorch issue 197805).
+    # calls torch makes every operation of the first slower (libgomp no longer spins between them
+    # once it counts more threads than cores). On mps it kills the process (pytorch issue 197805).
     if device.type == "cuda":
         # a thread has a CUDA device of its own, which is the first one until it is set
         run.scorer = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
@@ -198,8 +198,8 @@ def set_up(config, folder, resume, reference):
 
 
 def read_prompts(pipeline, prompts, cache, rank):
-    """--offload: the embeddings of all prompts into the cache, in the computer's memory, while the text
-    encoders are still on the device. A CPU would need minutes for a prompt of T5 in fp16."""
+    """--offload: puts the embeddings of all prompts into the cache, in the computer's memory, while the
+    text encoders are still on the device. A CPU would need minutes for a prompt of T5 in fp16."""
     shown = dict(desc="reading prompts", leave=False, disable=True if rank else None)
     for prompt in tqdm(dict.fromkeys(prompts), **shown):
         encode_prompts(pipeline, [prompt], cache)
@@ -220,16 +220,16 @@ def check_steps(config, pipeline):
 
 def compile_blocks(network):
     """--compile. Block by block: compiled as a whole (torch 2.13, CPU), all gradients below the first
-    upsampling are wrong, without a word. In place, so that weights keep their names."""
+    upsampling are wrong, and nothing says so. In place, so that weights keep their names."""
     # torch counts the compilations of a function, which all blocks of a kind share, and runs the blocks
     # past its limit in eager mode
     limits = torch.compiler.config
     limits.recompile_limit, limits.accumulated_recompile_limit = 1024, 65536
-    # a GPU has it so already; on a CPU it only pays when operations are fused
+    # on a GPU a UNet is so already; on a CPU it only pays where operations are fused
     network.to(memory_format=torch.channels_last)
     # Without gradients torch makes another graph, which rounds differently in bf16, and the ratio would
-    # not start at 1. So sampling runs the graph of training. Anew for each batch size, of which there
-    # are few.
+    # not start at 1. So sampling runs the graph of training. dynamic=False: one for each batch
+    # size, of which there are few.
     network.one_graph = True
     for block in blocks(network):
         block.compile(dynamic=False)
@@ -257,7 +257,7 @@ def shard(run, count):
 
 def progress_bar(run, name, total, position=1):
     """A bar for a part of an epoch, below that of the epochs; gone when it is full."""
-    disable = True if run.rank else None  # None: where there is no terminal
+    disable = True if run.rank else None  # None: not drawn where there is no terminal
     return tqdm(total=total, desc=f"  {name}", leave=False, position=position, disable=disable)
 
 
@@ -275,9 +275,9 @@ def remedy(run):
 def rollout(run, prompts, keys, bar, eta=None, epoch=1):
     """Trajectories of a batch, a picture a prompt, each with the random numbers of its key.
 
-    A moving window is where it is in that epoch. Evaluations keep to the first place, so that they do
-    not depend on it. Raises RunStopped if the network is broken: its black pictures are the best for
-    some rewards.
+    A moving window stands where that epoch has it. Evaluations keep to its first place, so that they
+    do not depend on the epoch. Raises RunStopped if the network is broken: its black pictures are the
+    best for some rewards.
     """
     config, generators = run.config, [seeded(*key, device=run.device) for key in keys]
     if eta is None:
@@ -335,7 +335,7 @@ def collect(run, epoch):
                     futures.append(run.scorer.submit(task))
                     task = futures[-1].result
                 tasks.append(task)
-                batch.images = None  # scored, they are let go
+                batch.images = None  # let go once they are scored
                 if config.offload:
                     batch.latents = batch.latents.cpu()
                 batches.append(batch)
@@ -425,7 +425,7 @@ def describe(run, updates, pairs, kind, teachers=0):
 
 
 def unguarded(config):
-    """A line, where nothing is watched, so that --guard has nothing to go by."""
+    """A line where nothing is watched and --guard therefore has nothing to go by."""
     if config.guard and not (watched(config) or config.eval_prompts):
         why = f", since {config.watch} is trained on" if config.watch else ""
         return (f"\n  nothing is watched{why}: --guard and --patience have no effect; --watch another "
@@ -443,7 +443,7 @@ def apply_gradients(run):
     if not (np.isfinite(norm) or run.scaler.is_enabled() and run.scaler.get_scale() >= 1):
         raise RunStopped(f"{run.folder}: the gradient is {norm}; {remedy(run)}")
     run.updates += 1
-    for group in run.optimizer.param_groups:  # by a formula in run.updates, which a checkpoint has
+    for group in run.optimizer.param_groups:  # a formula in run.updates, which `restore` computes
         group["lr"] = run.config.lr * min(1, run.updates / max(1, run.config.warmup))
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -460,9 +460,11 @@ def using(parameters, values):
     with torch.no_grad():
         for p, value in zip(parameters, values):
             p.copy_(value)
-        yield
-        for p, value in zip(parameters, present):
-            p.copy_(value)
+        try:
+            yield
+        finally:
+            for p, value in zip(parameters, present):
+                p.copy_(value)
 
 
 def averaged(run):
@@ -479,7 +481,7 @@ def log(run, row):
     run.rows.append(row)
     run.later_rows = [later for later in run.later_rows if later["epoch"] > row["epoch"]]
     if run.rank == 0:
-        if again:  # in the place of the row of an epoch that is done again
+        if again:  # replaces the row of an epoch that is done again
             write_rows(run)
         else:  # on the disk before the checkpoint is, so that a power cut leaves no gap
             append(run.folder / "metrics.jsonl", row_line(row))

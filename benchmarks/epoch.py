@@ -109,7 +109,7 @@ def worker(settings):
 
     def turn(row, epoch):  # ddpo.py calls a tracker between epochs, when no clock runs
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # to the next variant's use
+            torch.cuda.empty_cache()  # for the next variant to use
         if epoch:
             work = {"rows_sample": rows[0], "rows_update": rows[1]}
             print(json.dumps(row | work | {"threads": torch.get_num_threads()}), flush=True)
@@ -160,7 +160,7 @@ def epoch(process):
 
 def take_turns(workers, rounds):
     """({name: row of the first epoch, which does not count}, {name: [row of each round]}). A worker
-    that dies (as a rule of too little memory) is reported, and the others go on."""
+    that dies (usually for lack of memory) is reported, and the others go on."""
     first, rows = {}, {}
     for round_ in range(rounds + 1):
         for name, process in list(workers.items()):

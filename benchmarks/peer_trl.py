@@ -7,7 +7,7 @@ TRL needs older libraries, so it has an environment of its own (on a GPU leave t
     trl-env/bin/pip install "trl==0.23.1" "diffusers<0.36" "transformers<5" "datasets<5" peft
 
     python benchmarks/peer_trl.py --trl-python trl-env/bin/python
-                           the emoji model (four minutes on two CPU cores); with it may be given:
+                           the emoji model (four minutes on two CPU cores); options:
         --train-batch 80   ours with more pairs at once than TRL can have
         --compile          ours compiled, which TRL does not offer
         --sd15             a model of Stable Diffusion 1.5's size, on a GPU
@@ -31,7 +31,7 @@ What remains different, on purpose, since it is what is compared:
   and goes through their steps. So it cannot have more pairs at once than an update has pictures (16
   with the emoji model, which is what it has here). ddpo.py can: --train-batch.
 - ddpo.py keeps latents, log-probabilities and its VAE in float32. With bf16 or fp16 TRL has all
-  three in that.
+  three in that precision.
 - LoRA in bf16 or fp16: both have float32 adapters on frozen half-precision weights, under autocast
   in the UNet.
 - Attention on a CPU: ddpo.py uses plain matrix products, TRL (diffusers' default)
@@ -81,7 +81,7 @@ def make_trainer(settings, reward, draw_prompt):
     from trl.models import modeling_sd_base
 
     on_cpu = not torch.cuda.is_available()
-    # TRL writes to accelerate's log before it has made this, which accelerate refuses
+    # TRL writes to accelerate's log before it has made this state, which accelerate refuses
     PartialState(cpu=on_cpu)
     pictures = settings["images"] // settings["updates"]  # of an update
     group_size = settings.get("group_size", 1)
@@ -154,7 +154,7 @@ def trl_worker(settings):
         row["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
             row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            torch.cuda.empty_cache()  # to the other side's use
+            torch.cuda.empty_cache()  # for the other side to use
         if epoch == 1:
             libraries = "torch", "trl", "diffusers", "transformers", "peft", "accelerate"
             row["versions"] = versions(*libraries)

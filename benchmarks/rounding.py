@@ -4,10 +4,10 @@
                                                    Diffusion's size
     python benchmarks/rounding.py --model MODEL    a model of your own, on its latents
 
-This is why fp16, and not bf16, is the default on a GPU. At each of 20 steps a step is
+This is why fp16, and not bf16, is the default on a GPU. At each of 20 timesteps a step is
 drawn, then scored again after every weight has changed by a ten-millionth of itself. Such a change
 means nothing, so ρ − 1 is then due to activations that were rounded differently. PPO's clip should
-not react to it, but it takes the gradient of each pair with a negative advantage whose ρ has fallen
+not react to it, but it removes the gradient of each pair with a negative advantage whose ρ has fallen
 below 1 − 1e-4. On a CPU without instructions for a precision most of the time goes into its emulation. The
 record is written to benchmarks/rounding.json.
 """
@@ -98,7 +98,7 @@ def main(arguments=None):
         "clip_range": CLIP_RANGE,
     }
     for dtype in args.dtype or DTYPES:
-        # else fp32's convolutions were not fp32; without enabled=True they would not be cuDNN's
+        # else fp32's convolutions would not be fp32; without enabled=True they would not be cuDNN's
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             away = ratios(pipeline, shape, DTYPES[dtype], STEPS)
         found = record[dtype] = {

@@ -13,13 +13,13 @@ full noise:
 
 - a JPEG size at least 20 % below the base model's;
 - recognition at least 0.9 times the base model's, by a classifier that no training has seen
-  (emoji/classifiers.py). So it does not count to destroy the pictures.
+  (emoji/classifiers.py). So destroying the pictures does not count.
 
 Every mean is over at least 96 pictures: where an epoch has fewer, the pictures of the newest epochs
 are judged together. Else small epochs would get there by luck. The base model's means are of four
 pictures of each prompt, in float32. A trial may choose the number of sampling steps, the guidance
 and a window of steps that have noise. They make other pictures, so then the base model is measured
-with them, too, and of size and recognition the harder target counts.
+with them, too, and for size and for recognition the harder target counts.
 
 The clock. Each side is a process of its own, one at a time. Each hands its pictures to the same
 function in the place of its reward. When all pictures of an epoch have their rewards, the clock of

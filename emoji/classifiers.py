@@ -4,7 +4,7 @@
     counter   how many animals, one to six: it has seen letters beside them, and never a digit
     digit     which digit is printed, one to six, or none
     judge_a   how many animals, learnt from scenes with a printed digit that always tells the number
-    judge_b   the same, from scenes whose digit is any: two judges to be deceived, or not
+    judge_b   the same, from scenes whose digit may be any: two judges to be deceived, or not
 
     python emoji/classifiers.py [noun ...]     trains those that models/emoji/classifiers lacks:
                                                five to fifteen minutes each on a core
@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # of the scripts
+sys.path.insert(0, str(ROOT))  # the scripts' folder
 
 from emoji import scenes
 from models import DTYPES, autocast, default_dtype
@@ -57,7 +57,7 @@ def grey(images):
 
 def spoil(pixels):
     """Blur, noise, contrast and shifts of colour of (B, C, H, W) in [-1, 1]: what a decoder and a
-    generator do to a picture shall not change what a judge says of it."""
+    generator do to a picture must not change what a judge says of it."""
     batch, channels = pixels.shape[:2]
 
     def uniform(channels=1):

@@ -182,7 +182,7 @@ def train_clip(config, tokenizer, name="clip", clip=None):
     """Stage "clip", or stage "judge": the image encoder alone, of a `clip` that is already trained.
 
     Beside the captions of its batch each picture meets near misses of them, and each caption meets
-    fakes, which shall be unlike all captions, and most of all their own."""
+    fakes, which must be unlike all captions, and most of all unlike their own."""
     clip = clip or start_from(config, "clip", CLIPModel) or build_clip(tokenizer)
     if finished(name, config, clip):
         return clip
@@ -218,8 +218,8 @@ def train_clip(config, tokenizer, name="clip", clip=None):
         loss = F.cross_entropy(logits[:batch], targets)
         loss = loss + F.cross_entropy(logits.T[:batch, :batch + len(fakes)],
                                       F.pad(of_texts, (0, len(fakes))))
-        # A fake is equally unlike all captions, and its own more so: were that only as unlike as the
-        # others, it would still be the nearest of all nouns in one case of twelve
+        # A fake must be equally unlike all captions, and more unlike its own: if only as unlike as the
+        # others, its own would still be the nearest of all nouns in one case of twelve
         others = (targets[:len(fakes)] == 0).float()
         own = (logits[batch:] * targets[:len(fakes)]).sum(1)
         own = own - (logits[batch:] * others).sum(1) / others.sum(1)

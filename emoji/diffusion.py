@@ -18,8 +18,8 @@ from emoji.trainer import autocast, device, finished, save_sheet, start_from, to
 
 
 def copy_corner(model, weights):
-    """The weights of an earlier model with fewer channels at either end into a larger one; what is new
-    takes no part at first where it is an input, and stays as it is where it is an output."""
+    """Copies the weights of an earlier model with fewer channels at either end into a larger one; what is
+    new takes no part at first where it is an input, and stays as it is where it is an output."""
     state = model.state_dict()
     for key, value in weights.items():
         corner = tuple(slice(size) for size in value.shape)
@@ -30,7 +30,7 @@ def copy_corner(model, weights):
 
 
 def deepen(unet, earlier):
-    """Weights of an earlier UNet, with one layer a block or two, into one with two. New layers do
+    """Copies an earlier UNet, with one layer a block or two, into one with two. New layers do
     nothing at first: what they add is zero."""
     state = unet.state_dict()
     for key in state:
@@ -167,7 +167,7 @@ def encode_captions(text_encoder, tokenizer, captions):
 
 
 def noise_loss(pipeline, pictures, captions, batch, config):
-    """The function of a UNet that is the loss of predicting the noise in `batch` of the pictures."""
+    """The loss, as a function of the UNet, of predicting the noise in `batch` of the pictures."""
     alpha_bar = pipeline.scheduler.alphas_cumprod.to(device())
     latents = encode_pictures(pipeline.vae, pictures)
     embeds, rows_of, empty = encode_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
@@ -216,7 +216,7 @@ def train_unet(config, tokenizer, clip, vae):
             ).images
         save_sheet(images * 2 - 1, Path(config.work) / "unet.png")
         images = (images[:len(nouns)].float() * 255).round().byte()
-        right = recognised(images, nouns)
+        right = recognised(images, nouns)  # the 69 animals come first
         return f"recognised {right.mean():.3f}, of animals {right[:69].mean():.3f}"
 
     return train("unet", config, unet, loss_fn, evaluate)

@@ -3,7 +3,7 @@
     python emoji/pretrain.py                       everything, some six hours on two cores
     python emoji/pretrain.py --unet-steps 30000    longer, where there is a GPU
     python emoji/pretrain.py --only flow           that stage alone, from the model in --out
-    python emoji/pretrain.py --only cards          and that one, which is not part of everything
+    python emoji/pretrain.py --only cards          the same, for a stage that is not part of everything
 
 Eight stages. An interrupted one goes on where it stopped (runs/pretrain/*.pt), a finished one is
 not trained again. Sheets of pictures there show the progress:
@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # of the scripts
+sys.path.insert(0, str(ROOT))  # the scripts' folder
 
 from sample import load_pipeline  # first: it quiets the libraries
 

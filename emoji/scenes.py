@@ -56,7 +56,7 @@ def with_article(noun):
 
 
 def counted(noun, count):
-    """3 cats -> "three cats". Enough for the animals, not for English."""
+    """("cat", 3) -> "three cats". Enough for the animals, not for English."""
     hissing = noun.endswith(("s", "x"))
     plural = PLURALS.get(noun, re.sub("ly$", "lie", noun) + ("es" if hissing else "s"))
     return f"{NUMBERS[count - 1]} {noun if count == 1 else plural}"
@@ -130,7 +130,7 @@ def paste(rng, picture, sprite, scale, centre):
 
 
 def draw_glyph(rng, picture, glyph, centre, colour=None):
-    """Print one character, 15 pixels high, in a colour, or any, with a dark or light rim."""
+    """Print one character, 15 pixels high, in the given colour or in any, with a dark or light rim."""
     fill = COLOURS[colour or str(rng.choice(list(COLOURS)))]
     rim = COLOURS["black" if sum(fill) > 380 else "white"]
     canvas = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
@@ -184,7 +184,7 @@ def draw_counted(rng, sprites, noun, count, glyph="", corner=False):
 
 def draw_cards(count, seed):
     """Counting cards: (count, 64, 64, 3) uint8 pictures of one to six animals, and their captions.
-    Half of them have their number printed in the corner, which the caption does not tell."""
+    Half of them have their number printed in the corner, which the caption does not mention."""
     rng, sprites = np.random.default_rng(seed), load_sprites()
     animals = nouns("animals") + nouns("held_out_animals")
     pictures, captions = [], []
@@ -201,7 +201,7 @@ def draw_scene(rng, sprites, noun=None, kind=None):
 
     kind: "alone" ("a cat"), "background" ("a cat on a blue striped background"), "pair" ("a cat
     with a guitar") or "count" ("three cats", three times in ten beside a digit, any from 1 to 6,
-    which the caption does not tell); without it, any of them.
+    which the caption does not mention); without it, any of them.
     """
     kinds = {"alone": 0.45, "background": 0.18, "pair": 0.2, "count": 0.17}
     kind = kind or str(rng.choice(list(kinds), p=list(kinds.values())))

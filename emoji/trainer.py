@@ -75,13 +75,13 @@ def of_animals(values, images_per_noun):
     return values.view(images_per_noun, -1)[:, :animals]
 
 
-# What a stage reads beside the seed and the settings of its own name
+# What a stage reads besides the seed and the settings of its own name
 SHARED = {"clip": {"start"}, "vae": {"start"}, "unet": {"start", "caption_dropout"}, "judge": {"clip_scenes"},
           "decoder": {"vae_scenes"}, "flow": {"caption_dropout"}, "cards": {"caption_dropout"}}
 
 
 def settings_of(name, config):
-    """The settings that a stage's weights follow from, a dict, but for the number of its updates."""
+    """The settings that a stage's weights follow from, except the number of its updates, as a dict."""
     own = {key for key in vars(config)
            if key.startswith(f"{name}_") and not key.endswith(("_steps", "_out"))}
     keys = own | SHARED[name] | {"seed"} | ({"ema"} if f"{name}_ema" not in own else set())

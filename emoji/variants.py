@@ -19,7 +19,6 @@ from sample import ETAS, load_pipeline, sample_trajectories
 FLOW_SHIFT = 2.0
 
 
-
 def flow_scheduler():
     """With init_noise_sigma, by which StableDiffusionPipeline multiplies its first noise: the class
     has it only if it is in its config."""
@@ -149,9 +148,9 @@ def report_flow(config, steps=10, guidance_scale=4.0, images_per_noun=8):
 
 
 def train_cards(config):
-    """Stage "cards": the exported UNet learns to draw counting cards, of which half have their number
-    printed. All scenes of the other stages that have a digit have any digit, and so few of them that
-    the UNet prints none. A policy gradient can only strengthen what is sampled now and then."""
+    """Stage "cards": the exported UNet learns to draw counting cards, half of which have their number
+    printed. In the other stages' scenes a digit may be any one, and so few scenes have one that the
+    UNet prints none. A policy gradient can only strengthen what is sampled now and then."""
     pipeline = load_pipeline(config.out)
     unet = build_unet()
     unet.load_state_dict(pipeline.unet.state_dict())

@@ -50,7 +50,7 @@ import torch
 from kernels import triton, use_triton
 
 BLOCK = 4096  # elements whose squares are summed at once; at 8 elements a thread, 16 warps
-# 16,384 elements, 4×64×64: the most of which ppo_loss.py can keep the residuals in registers
+# 16,384 elements, 4×64×64: the most whose residuals ppo_loss.py can keep in registers
 BLOCKS_PER_PROGRAM = 4
 # An H100's multiprocessors. With fewer samples than this, and more blocks a sample than
 # BLOCKS_PER_PROGRAM, each block gets a program of its own.
@@ -62,7 +62,7 @@ SPLIT = None
 
 def guided(noise_pred, guidance_scale):
     """o_u + w (o_c − o_u) from the (2B, ...) output of the network, in at least float32. Without a
-    guidance_scale, the output."""
+    guidance_scale, the output itself."""
     noise_pred = noise_pred.to(torch.promote_types(noise_pred.dtype, torch.float32))
     if guidance_scale is None:
         return noise_pred
