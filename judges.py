@@ -117,7 +117,8 @@ def load_vlm(model, device):
 
 @torch.no_grad()
 def generate(network, images, questions, **settings):
-    """Greedy answers, eight pictures at a time.
+    """Greedy answers, eight pictures at a time, without the penalties that a model may bring along:
+    they would punish a noun for being in the question.
 
     Yields (what model.generate returns, number of tokens of a question).
     """
@@ -135,7 +136,9 @@ def generate(network, images, questions, **settings):
                            add_special_tokens=not has_bos)
         inputs = inputs.to(model.device, model.dtype)
         output = model.generate(**inputs, do_sample=False, num_beams=1, temperature=None,
-                                top_p=None, top_k=None, return_dict_in_generate=True, **settings)
+                                top_p=None, top_k=None, repetition_penalty=1.0,
+                                no_repeat_ngram_size=0, return_dict_in_generate=True,
+                                **settings)
         yield output, inputs.input_ids.shape[1]
 
 
@@ -157,7 +160,9 @@ def load_encoder(model, device):
     tokenizer = AutoTokenizer.from_pretrained(find(model), trust_remote_code=False)
     check_vocabulary(tokenizer)
     network = load_network(AutoModel, find(model), device, torch.float32)
-    return network, tokenizer, BERTSCORE_LAYER.get(Path(model).name, -1)
+    names = str(model).replace("--", "/").split("/")  # the hub's cache: models--OWNER--NAME/snapshots/...
+    known = [BERTSCORE_LAYER[name] for name in names if name in BERTSCORE_LAYER]
+    return network, tokenizer, known[-1] if known else -1
 
 
 @torch.no_grad()
@@ -194,8 +199,11 @@ def load_network(auto_class, folder, device, dtype):
 
     transformers alone would fill gaps with random numbers, and take a BERT for a CLIP.
     """
+    # other sizes are let through to be named below; transformers' own error refers to a printed table
     model, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
-                                             trust_remote_code=False)
+                                             trust_remote_code=False, ignore_mismatched_sizes=True)
+    for key, theirs, ours in info["mismatched_keys"]:
+        raise ValueError(f"its {key} is {tuple(theirs)}, and {type(model).__name__} needs {tuple(ours)}")
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # not read here
     if missing:
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are not in it, "

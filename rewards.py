@@ -167,14 +167,22 @@ def align(device, vlm=None, encoder=None):
 
 
 def vqa(device, vlm=None):
-    """P("Yes"), over the whole vocabulary. No threshold, so that a small gain counts, too."""
+    """P("Yes"), over the whole vocabulary. No threshold, so that a small gain counts, too.
+
+    With or without a space before it, in any case: after "Assistant:" SmolVLM says " Yes".
+    """
     network = load("vqa=", load_vlm, vlm or VLM, device)
-    yes = network[1].tokenizer("Yes", add_special_tokens=False).input_ids[0]
+    vocabulary = network[1].tokenizer.get_vocab()
+    yes = [i for token, i in vocabulary.items() if token.strip("▁Ġ").lower() == "yes"]
+    if not yes:
+        raise RewardError(f"reward vqa: {vlm or VLM} has no token for Yes; name another, "
+                          "vqa=FOLDER_OR_ID")
 
     def reward(images, prompts):
         questions = [f"Does this picture show '{prompt}'? Answer Yes or No." for prompt in prompts]
         outputs = generate(network, images, questions, max_new_tokens=1, output_logits=True)
-        return torch.cat([output.logits[0].float().softmax(1)[:, yes] for output, _ in outputs])
+        return torch.cat([output.logits[0].float().softmax(1)[:, yes].sum(1)
+                          for output, _ in outputs])
 
     return reward
 
@@ -201,7 +209,8 @@ def count(device, vlm=None):
         scores = []
         for said, named, number, noun in zip(how_many, what, numbers, nouns):
             either = {number, str(NUMBERS.index(number))}  # five, 5
-            right_number = not either.isdisjoint(re.findall(r"\w+", said.lower()))
+            words = re.findall(r"\w+(?:[-.,]\w+)*", said.lower())  # twenty-five and 5,000 are no five
+            right_number = not either.isdisjoint(words)
             names = f"{re.escape(noun)}|{re.escape(singular(noun))}"
             right_noun = re.search(rf"\b({names})\b", named.lower()) is not None
             scores.append((right_number + right_noun) / 2)

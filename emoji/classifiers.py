@@ -134,6 +134,9 @@ def load(name):
 
 def logits(name, images):
     """(B, classes) of uint8 pictures (B, 3, 64, 64)."""
+    if images.shape[-2:] != (scenes.SIZE, scenes.SIZE):
+        raise ValueError(f"pictures of {images.shape[-1]} x {images.shape[-2]} pixels: the emoji "
+                         f"classifiers know {scenes.SIZE} x {scenes.SIZE}; use --reward count")
     return torch.cat([load(name)(grey(chunk)) for chunk in images.cpu().split(256)])
 
 

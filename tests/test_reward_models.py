@@ -7,6 +7,7 @@ another way.
 import importlib.util
 import json
 import math
+import shutil
 import zlib
 from pathlib import Path
 
@@ -272,6 +273,32 @@ def test_vqa_is_the_probability_of_yes_as_the_next_token(llava_folder, images):
     assert len(set(scores.tolist())) == 5
 
 
+def test_vqa_counts_a_yes_with_a_space_before_it_and_refuses_a_vocabulary_without_one(tmp_path, images):
+    folder = Path(save_llava(tmp_path))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    vocab["ĠYes"] = len(vocab)
+    merges.append(["Ġ", "Yes"])
+    write(folder, "tokenizer.json", tokenizer)
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    model.resize_token_embeddings(len(vocab))
+    model.save_pretrained(folder)
+    scores = get_reward(f"vqa={folder}", "cpu")(images, PROMPTS)
+    questions = [f"Does this picture show '{prompt}'? Answer Yes or No." for prompt in PROMPTS]
+    spaced = torch.stack([llava_logits(folder, *pair).softmax(0)[[vocab["Yes"], vocab["ĠYes"]]]
+                          for pair in zip(images, questions)])
+    torch.testing.assert_close(scores, spaced.sum(1), atol=1e-6, rtol=1e-3)
+    assert spaced.min() > 0
+
+    for token in ("Yes", "ĠYes"):
+        vocab[token + "?"] = vocab.pop(token)
+    del merges[-2:]
+    write(folder, "tokenizer.json", tokenizer)
+    rewards.load_vlm.cache_clear()
+    with pytest.raises(RewardError, match="has no token for Yes"):
+        get_reward(f"vqa={folder}", "cpu")
+
+
 def test_a_judge_in_bf16_keeps_the_frequencies_of_its_positions(llava_folder):
     model = judges.load_network(AutoModelForImageTextToText, llava_folder, "cpu", torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -297,10 +324,21 @@ def test_an_answer_is_the_greedy_one_whatever_stands_beside_it_in_the_batch(llav
         assert answers[i] == answers[i + 3] == answers[i + 6]
 
 
+def test_answers_are_greedy_whatever_a_model_brings_along_for_generation(llava_folder, images, tmp_path):
+    question, folder = ["What is it?"], tmp_path / "llava"
+    shutil.copytree(llava_folder, folder)
+    settings = {"eos_token_id": 2, "pad_token_id": 0, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+    write(folder, "generation_config.json", settings)  # Qwen2.5-VL's has a repetition penalty
+    first, second = (rewards.answer(rewards.load_vlm(str(place), "cpu"), images[:1], question)
+                     for place in (llava_folder, folder))
+    assert first == second
+
+
 @pytest.mark.parametrize("how_many, what, score", [
     ("There are five wolves.", "A wolf.", 1), ("5", "wolves", 1), ("Five", "WOLF", 1),
     ("five", "a dog", 0.5), ("6", "wolf", 0.5), ("15 or fiver", "a bird", 0), ("", "", 0),
-    ("five", "a werewolf and wolverines", 0.5)])
+    ("five", "a werewolf and wolverines", 0.5), ("twenty-five", "wolves", 0.5),
+    ("5,000 or 5.5", "wolves", 0.5), ("I see five, all wolves.", "wolf-like: a wolf", 1)])
 def test_count_is_the_share_of_right_answers(llava_folder, images, monkeypatch, how_many, what,
                                              score):
     asked = []
@@ -454,6 +492,11 @@ def test_bertscore_recall_equals_a_computation_in_loops(tmp_path, save_encoder, 
     assert scores[2] == pytest.approx(1, abs=1e-6)  # one that is equal to its reference
 
 
+def test_an_encoder_in_the_hubs_cache_is_read_at_its_authors_layer_too(tmp_path):
+    folder = save_bert(tmp_path / "models--google-bert--bert-base-uncased/snapshots/86b5e0934494", 12)
+    assert rewards.load_encoder(folder, "cpu")[2] == judges.BERTSCORE_LAYER["bert-base-uncased"]
+
+
 @pytest.mark.parametrize("save_encoder, recorded", [
     (save_bert, [0.9062495, 0, 1, 0.9591755, 0.8852937]),
     (save_deberta, [0.9768890, 0, 1, 0.9816021, 0.9576514])])
@@ -563,6 +606,14 @@ def test_a_clip_with_a_missing_weight_is_refused(tmp_path):
     del state["visual_projection.weight"]
     save_file(state, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RewardError, match="visual_projection.weight"):
+        get_reward(f"clip={folder}", "cpu")
+
+
+def test_a_clip_with_a_weight_of_another_size_is_refused_by_the_name_of_the_weight(tmp_path):
+    folder = save_clip(tmp_path / "clip")
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    write(tmp_path / "clip", "config.json", config | {"projection_dim": 8})
+    with pytest.raises(RewardError, match=r"projection.weight is \(12, 16\).*needs \(8, 16\)"):
         get_reward(f"clip={folder}", "cpu")
 
 

@@ -239,6 +239,12 @@ def test_a_factory_of_the_table_starts_alike_each_time_and_switches_nothing_outs
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_an_emoji_classifier_refuses_pictures_of_a_size_that_it_has_not_learnt():
+    file = Path(rewards.__file__).parent / "emoji/classifiers.py"
+    with pytest.raises(RewardError, match="128 x 96 pixels: the emoji classifiers know 64 x 64"):
+        get_reward(f"{file}:judge_a")(torch.zeros(1, 3, 96, 128, dtype=torch.uint8), ["two cats"])
+
+
 def test_every_name_is_a_factory_that_takes_the_device():
     assert set(rewards.REWARDS) == {"compress", "incompress", "clip", "aesthetic", "pickscore",
                                     "align", "vqa", "count"}
