@@ -48,7 +48,7 @@ plt.switch_backend("Agg")  # no screen needed
 class Config:
     """Every setting. An epoch plays one episode in each environment."""
 
-    task: str = "Pendulum-v1"  # an environment of gymnasium with continuous actions
+    task: str = "Pendulum-v1"  # of gymnasium, with continuous actions; module:Name-v0 of one's own module
     controller: str = ""  # what is copied first: file.py:function, see pendulum_controller
     policy: str = "diffusion"  # diffusion, or gaussian: the usual policy of PPO
     name: str = ""  # of the run's folder (default: the task and the policy)
@@ -165,6 +165,7 @@ def fit(run):
     else:
         seen, chunks, to_go, returns = copy_controller(config, envs, load_controller(config))
         mean, std = seen.mean(0), seen.std(0) + 1e-6
+        std[(seen == seen[0]).all(0)] = 1  # what the demonstrations do not change may change later
         scale = 1 / (to_go.std().item() + 1e-6)  # of rewards, so that the critic's targets have size 1
         scheduler = noise_schedule()
 
@@ -211,7 +212,8 @@ def fit(run):
         for _ in range(config.passes):
             for batch in torch.randperm(len(seen), generator=generator).split(config.decisions):
                 optimizer.zero_grad()
-                weights = alive / alive[batch].sum() / len(trained)
+                share = count * len(batch) / len(seen)  # decisions of an update, on average
+                weights = alive / share / len(trained)
                 for d in batch.tolist():
                     for step in trained:
                         x, x_next = chains[d][:, step], chains[d][:, step + 1]
@@ -230,7 +232,7 @@ def fit(run):
                 grad_norms.append(apply_gradients(policy, optimizer))
                 critic_optimizer.zero_grad()
                 error = (critic(seen[batch]) - targets[batch]).square() * alive[batch]
-                (error.sum() / alive[batch].sum()).backward()
+                (error.sum() / share).backward()
                 critic_optimizer.step()
 
         # 5. log

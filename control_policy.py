@@ -158,8 +158,12 @@ def log(run, row, keeps, **state):
 
 
 def restore(run, keeps):
-    for name, part in keeps.items():
-        part.load_state_dict(run.saved[name])
+    try:
+        for name, part in keeps.items():
+            part.load_state_dict(run.saved[name])
+    except RuntimeError:
+        raise RunStopped(f"--resume {run.folder}: its checkpoint has networks of another size; undo what has "
+                         "changed in the task or config.json, or begin anew with another --name") from None
 
 
 def epochs_of(run):

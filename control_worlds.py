@@ -138,8 +138,14 @@ def load_controller(config):
 
 
 def try_controller(config, envs):
-    """Raises ValueError, one line, if the controller cannot play the task."""
-    ask_controller(config, load_controller(config), envs, reset(envs, 0), np.random.default_rng(0))
+    """Raises ValueError, one line, if the controller cannot play the task, or nobody can."""
+    controller, space = load_controller(config), envs.single_action_space
+    try:
+        observations = reset(envs, 0)
+        envs.step(np.repeat(space.low[None], envs.num_envs, 0))
+    except Exception as error:  # it is somebody else's code
+        refuse(config, "task", f"fails ({type(error).__name__}: {first_line(error)}); mend its reset or step")
+    ask_controller(config, controller, envs, observations, np.random.default_rng(0))
 
 
 def ask_controller(config, controller, envs, observations, generator):
@@ -165,16 +171,19 @@ def make_envs(config):
         refuse(config, "task", "needs gymnasium; pip install gymnasium")
     try:
         envs = gymnasium.make_vec(config.task, config.envs, vectorization_mode="sync")
-    except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:  # the task names a module
+    except Exception as error:  # it is somebody else's code
         refuse(config, "task", f"gymnasium cannot make it ({first_line(error)})")
     action, observation = envs.single_action_space, envs.single_observation_space
-    if not (isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1
-            and np.isfinite([action.low, action.high]).all()):
-        refuse(config, "task", "its actions are no bounded vector; choose one such as Pendulum-v1")
+    with np.errstate(over="ignore"):  # bounds so far apart that their distance is none
+        if not (isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1
+                and action.dtype.kind == "f" and np.isfinite(action.high - action.low).all()
+                and (action.high > action.low).all()):
+            refuse(config, "task", "its actions are no bounded vector of real numbers with low < high; "
+                                   "choose one such as Pendulum-v1")
     if not isinstance(observation, gymnasium.spaces.Box) or len(observation.shape) != 1:
         refuse(config, "task", "its observations are no vector; choose one such as Pendulum-v1")
     if not envs.spec.max_episode_steps:
-        refuse(config, "task", "its episodes have no time limit; choose one such as Pendulum-v1")
+        refuse(config, "task", "its episodes have no time limit; register it with max_episode_steps")
     if config.chunk > envs.spec.max_episode_steps:
         refuse(config, "chunk", f"an episode has only {envs.spec.max_episode_steps} steps")
     return envs
@@ -208,6 +217,7 @@ def play(envs, config, seeds, act):
         rewards, discounts = np.zeros(len(over)), np.ones(len(over))
         for action in np.moveaxis(actions, 2, 0):  # (N, A)
             action = low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
+            action = np.clip(action, low, high)  # which rounding may have passed
             new, reward, ends, cut, _ = envs.step(action.astype(space.dtype))
             reward = np.where(over, 0, reward)
             rewards, rollout.returns = rewards + discounts * reward, rollout.returns + reward
@@ -216,6 +226,9 @@ def play(envs, config, seeds, act):
             terminated |= ends & ~over
             rollout.env_steps += int((~over).sum())
             over = over | ends | cut
+        if np.isfinite(actions).all() and not np.isfinite(np.c_[rewards, observations]).all():
+            raise RunStopped(f"--task {config.task}: an observation or a reward is no finite number; "
+                             "mend the environment")
         rollout.next_observations.append(observations)
         rollout.rewards.append(rewards)
         rollout.discounts.append(discounts)

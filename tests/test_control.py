@@ -695,3 +695,98 @@ def test_a_position_is_told_by_waves_of_one_and_of_two_periods():
         model(torch.zeros(1, 1, 1, 2), torch.tensor([5]), torch.tensor([[position]]))
         waves = [wave(k * math.pi * position) for k in (1, 2) for wave in (math.sin, math.cos)]
         torch.testing.assert_close(seen[-1], torch.tensor(waves))
+
+
+def custom(monkeypatch, **parts):
+    """A task like Countdown, with other parts."""
+    task = type("Custom", (Countdown,), parts)
+    spec = gymnasium.envs.registration.EnvSpec("Custom-v0", entry_point=task, max_episode_steps=5)
+    monkeypatch.setitem(gymnasium.registry, "Custom-v0", spec)
+
+
+@pytest.mark.parametrize("low, high, dtype", [
+    (0, 10, np.int32), (-100, 100, np.int8), (0, 0, np.float32), (-3e38, 3e38, np.float32)])
+def test_actions_that_cannot_be_scaled_are_refused(low, high, dtype, monkeypatch):
+    custom(monkeypatch, action_space=gymnasium.spaces.Box(low, high, (1,), dtype))
+    with pytest.raises(ValueError, match="no bounded vector of real numbers"):
+        make_envs(control_loop.Config(task="Custom-v0"))
+
+
+def test_no_action_leaves_its_bounds_by_rounding(monkeypatch):
+    space, taken = gymnasium.spaces.Box(-0.4, -0.1, (1,)), []
+
+    def step(self, action):
+        taken.append(action)
+        return self.observe(), 0.0, False, False, {}
+
+    custom(monkeypatch, action_space=space, step=step)
+    config = control_loop.Config(task="Custom-v0", envs=1)
+    act = lambda seen: (np.array([[[-2, -1, 1, 2]]], np.float32), None)
+    play(make_envs(config), config, (0,), act)
+    assert all(space.contains(action) for action in taken) and space.low in taken and space.high in taken
+
+
+@pytest.mark.parametrize("name, part, names", [
+    ("__init__", lambda self: {}["x"], "cannot make it"),
+    ("reset", lambda self, seed=None, options=None: options["start"], "mend its reset or step"),
+    ("reset", lambda self: None, "mend its reset or step"),  # as gym had it, as are the next two
+    ("reset", lambda self, seed=None, options=None: np.zeros(2, np.float32), "mend its reset or step"),
+    ("step", lambda self, action: (self.observe(), 0.0, False, {}), "mend its reset or step")])
+def test_a_task_that_fails_at_once_is_one_line(name, part, names, monkeypatch, tmp_path, capsys):
+    custom(monkeypatch, **{name: part})
+    with pytest.raises(SystemExit) as stop:
+        control_loop.main(flags(task="Custom-v0", controller=f"{__file__}:countdown", out=tmp_path / "runs"))
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and err.startswith("--task Custom-v0: ") and names in err, err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("observation, reward", [(np.nan, 0.0), (0.0, np.nan), (0.0, -np.inf)])
+def test_a_task_whose_numbers_are_not_finite_is_named(observation, reward, monkeypatch):
+    def step(self, action):
+        return np.full(2, observation, dtype=np.float32), reward, True, False, {}
+
+    custom(monkeypatch, step=step)
+    config = control_loop.Config(task="Custom-v0", envs=2)
+    with pytest.raises(RunStopped, match="--task Custom-v0: an observation or a reward"):
+        copy_controller(config, make_envs(config), countdown)
+
+
+def test_a_number_that_never_changes_in_the_demonstrations_keeps_its_unit(monkeypatch, tmp_path):
+    custom(monkeypatch, observe=lambda self: np.array([self.time, 0.1], dtype=np.float32))
+    folder = control_loop.train(control_loop.Config(
+        task="Custom-v0", controller=f"{__file__}:countdown", out=str(tmp_path), **LOOP | dict(epochs=1)))
+    assert load_checkpoint(folder / "checkpoint")["std"][1] == 1
+
+
+def test_a_task_without_a_time_limit_is_told_how_to_get_one(monkeypatch):
+    custom(monkeypatch)
+    gymnasium.registry["Custom-v0"].max_episode_steps = None
+    with pytest.raises(ValueError, match="register it with max_episode_steps"):
+        make_envs(control_loop.Config(task="Custom-v0"))
+
+
+def test_all_decisions_of_an_epoch_count_alike_where_few_episodes_are_long(tmp_path, monkeypatch):
+    gradients, real = [], control_loop.is_loss
+
+    def is_loss(*inputs):
+        loss = real(*inputs)
+        loss.register_hook(gradients.append)  # the weights of its decisions
+        return loss
+
+    monkeypatch.setattr(control_loop, "is_loss", is_loss)
+    control_loop.train(control_loop.Config(
+        task="Countdown-v0", controller=f"{__file__}:countdown", out=str(tmp_path),
+        **LOOP | dict(envs=16, chunk=1, epochs=1, decisions=1, train_last=1)))
+    weights = torch.stack(gradients)
+    assert (weights == 0).any() and len(weights[weights > 0].unique()) == 1
+
+
+def test_a_task_whose_observations_have_changed_does_not_go_on(monkeypatch, tmp_path):
+    custom(monkeypatch)
+    folder = control_loop.train(control_loop.Config(
+        task="Custom-v0", controller=f"{__file__}:countdown", out=str(tmp_path), **LOOP | dict(epochs=1)))
+    custom(monkeypatch, observation_space=gymnasium.spaces.Box(-9, 9, (3,)),
+           observe=lambda self: np.zeros(3, np.float32))
+    with pytest.raises(SystemExit, match="networks of another size"):
+        control_loop.main(["--resume", str(folder), "--epochs", "2"])
