@@ -358,8 +358,8 @@ def one_thread():
 
 
 @pytest.mark.parametrize("script, settings", [
-    ("control.py", PLANS), ("control.py", PLANS | {"kl": 0.1}),
-    ("control.py", PLANS | {"algorithm": "rwr"}), ("control_loop.py", LOOP),
+    ("control.py", PLANS | {"kl": 0.1}), ("control.py", PLANS | {"algorithm": "rwr"}),
+    ("control_loop.py", LOOP),
     ("control.py", LOOP | {"task": "Pendulum-v1", "policy": "gaussian"})])
 def test_a_run_that_is_killed_ends_with_the_same_numbers(script, settings, tmp_path, capsys,
                                                          one_thread):

@@ -453,14 +453,10 @@ assert ppo_loss.fused_ppo_loss(x, x, x1, row, log_prob, torch.ones(2), 1e-4)[2].
 def test_the_benchmark_runs_here_and_finds_the_kernels_right(tmp_path):
     def run(*flags):
         command = [sys.executable, "benchmarks/kernels.py", *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == (2 if "none" in flags[-1] else 0), done.stderr
-        return done.stdout
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
     out = tmp_path / "out.json"
-    few = "--batch", "1", "--dtype", "float32"
-    assert not run(*few, "--out", str(tmp_path / "none/out.json"))
-    printed = run(*few, "--out", str(out))
+    printed = run("--batch", "1", "--dtype", "float32", "--out", str(out))
     record = json.loads(out.read_text())
     assert record["errors"][0]["same_bits"] and record["errors"][0]["grad"] < 1e-5
     assert {row["way"] for row in record["rows"]} >= {"eager, as common", "eager, table", "fused"}
