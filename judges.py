@@ -202,8 +202,10 @@ def load_network(auto_class, folder, device, dtype):
     # other sizes are let through to be named below; transformers' own error refers to a printed table
     model, info = auto_class.from_pretrained(folder, dtype=dtype, output_loading_info=True,
                                              trust_remote_code=False, ignore_mismatched_sizes=True)
-    for key, theirs, ours in info["mismatched_keys"]:
-        raise ValueError(f"its {key} is {tuple(theirs)}, and {type(model).__name__} needs {tuple(ours)}")
+    for key in info["mismatched_keys"]:
+        key = key if isinstance(key, str) else key[0]  # since transformers 5 with its shapes
+        raise ValueError(f"its {key} has another size than {type(model).__name__} needs, "
+                         f"{tuple(model.state_dict()[key].shape)}")
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # not read here
     if missing:
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are not in it, "

@@ -226,8 +226,8 @@ def test_the_curves_stand_over_the_pictures_sampled_and_the_guard_below_the_base
         row["reward_mean"] = row["epoch"] - 0.5
     plot_rewards(evaluated, Config(watch="clip", guard=2.0), tmp_path / "rewards.png")
     lines = [{line.get_label(): [list(axis) for axis in line.get_data()] for line in axes.get_lines()}
-             for axes in figures[0].axes]
-    close(figures[0])
+             for axes in figures[-1].axes]  # matplotlib 3.8 closes all before it
+    close(figures[-1])
     reward, clip = lines
     assert reward["sampled"] == [[64, 128], [0.5, 1.5]]
     assert reward["fixed prompts and seeds"] == [[0, 64, 128], [0, 1, 2]]
