@@ -216,8 +216,7 @@ def play(envs, config, seeds, act):
         rollout.memory.append(memory)
         rewards, discounts = np.zeros(len(over)), np.ones(len(over))
         for action in np.moveaxis(actions, 2, 0):  # (N, A)
-            action = low + (np.clip(action, -1, 1) + 1) / 2 * (high - low)
-            action = np.clip(action, low, high)  # which rounding may have passed
+            action = np.clip(low + (action + 1) / 2 * (high - low), low, high)
             new, reward, ends, cut, _ = envs.step(action.astype(space.dtype))
             reward = np.where(over, 0, reward)
             rewards, rollout.returns = rewards + discounts * reward, rollout.returns + reward

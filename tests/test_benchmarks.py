@@ -91,6 +91,15 @@ def test_the_random_models_command_does_not_take_the_file_beside_it_for_the_pack
     assert sys.path[0] == str(ROOT) and capsys.readouterr().out.strip() == str(tmp_path)
 
 
+def test_the_kernels_benchmark_tries_its_out_before_it_measures(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path[1:]])
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--batch", "1", "--out", "none/x.json"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "benchmarks/kernels.py"), run_name="__main__")
+    assert stop.value.code == 2 and "in a folder that exists" in capsys.readouterr().err
+
+
 def test_rounding_moves_the_ratio_more_the_fewer_digits_a_precision_has(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rounding, "STEPS", 3)
     monkeypatch.setattr(rounding, "SIDE", 8)
