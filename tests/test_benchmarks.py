@@ -38,9 +38,12 @@ def workers_on_one_cpu(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+def words(settings):
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
 def run(script, *arguments, **settings):
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, f"benchmarks/{script}", *arguments, *words]
+    command = [sys.executable, f"benchmarks/{script}", *arguments, *words(settings)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -51,7 +54,8 @@ def test_variants_of_an_epoch_do_the_same_work_and_are_compared_with_the_first(t
     assert reference == list(epoch.CPU_VARIANTS)[0] and other in epoch.CPU_VARIANTS
     out = tmp_path / "epoch.json"
     variants = "--variant", reference, "--variant", other
-    printed = run("epoch.py", "--rounds", "1", "--out", str(out), *variants, **TINY)
+    epoch.main(["--rounds", "1", "--out", str(out), *variants, *words(TINY)])
+    printed = capsys.readouterr().out
     record, = json.loads(out.read_text()).values()
     work = record["unet_rows_forward_in_sampling_and_update"]
     assert work == {reference: [ROWS, ROWS], other: [ROWS, ROWS]}

@@ -172,6 +172,79 @@ def test_a_run_leaves_what_the_readme_says(run):
     assert set(json.loads((run / "config.json").read_text())) == set(Config.__dataclass_fields__)
 
 
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_numbers(run, tmp_path):
+    moments = random.Random(
+        seed := time.time_ns()
+    )  # any moment must do, so each run of this test tries others
+    print("moments:", seed)
+    process = start("--reward", "compress", **SMALL | dict(epochs=3, out=tmp_path))
+    while not (tmp_path / "compress/metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    for signal_number in (signal.SIGKILL, signal.SIGTERM):
+        time.sleep(moments.uniform(0, 4))
+        process.send_signal(signal_number)
+        _, _, err = finish(process)
+        if signal_number == signal.SIGTERM and process.returncode not in (0, -signal.SIGTERM):
+            assert process.returncode == 130 and "--resume" in err
+        process = start("--resume", str(tmp_path / "compress"))
+        time.sleep(moments.uniform(5, 8))
+    code, _, err = finish(process)
+    assert code == 0, err
+    resumed, whole = load_checkpoint(tmp_path / "compress/checkpoint"), load_checkpoint(run / "checkpoint")
+    assert all(torch.equal(a, b) for a, b in zip(resumed["parameters"], whole["parameters"], strict=True))
+    assert numbers(tmp_path / "compress") == numbers(run)
+
+
+def test_a_run_with_damaged_metrics_is_not_resumed_over_them_and_one_without_checkpoint_says_so(
+    run, tmp_path, capsys
+):
+    shutil.copytree(run, tmp_path / "broken")
+    damaged = "{" + (run / "metrics.jsonl").read_text()
+    (tmp_path / "broken/metrics.jsonl").write_text(damaged)
+    with pytest.raises(SystemExit) as stop:
+        ddpo.main(["--resume", str(tmp_path / "broken"), "--epochs", "4"])
+    assert stop.value.code == 2 and "metrics.jsonl lacks rows" in capsys.readouterr().err
+    assert (tmp_path / "broken/metrics.jsonl").read_text() == damaged
+    (tmp_path / "broken/metrics.jsonl").write_text(damaged[1:])
+    shutil.rmtree(tmp_path / "broken/checkpoint")
+    ddpo.main(["--resume", str(tmp_path / "broken"), "--epochs", "1"])
+    assert "no checkpoint yet; it begins again" in capsys.readouterr().err
+    assert numbers(tmp_path / "broken")[2:] == numbers(run)[2:]  # the log is not shortened
+
+
+def test_an_existing_run_is_never_overwritten(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ddpo.main(flags(reward="compress", out=run.parent))
+    assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(run, tmp_path, capsys):
+    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
+    newest = tmp_path / "checkpoint/epoch_000003.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert load_checkpoint(tmp_path / "checkpoint")["epoch"] == 2
+    assert "epoch_000003.pt: damaged" in capsys.readouterr().err
+
+
+def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
+    def draw(pipeline):
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        return pipeline(
+            ["a cat", "a fox"], num_inference_steps=5, guidance_scale=4.0, latents=noise, output_type="pt"
+        ).images
+
+    plain = StableDiffusionPipeline.from_pretrained(small_model(), torch_dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    base = draw(plain)
+    plain.load_lora_weights(str(run))
+    plain.scheduler = load_pipeline(small_model(), "cpu").scheduler
+    tuned = draw(plain)
+    assert (tuned - base).abs().max() > 1e-3
+    torch.testing.assert_close(
+        tuned, draw(load_pipeline(small_model(), "cpu", lora=run)), rtol=0, atol=2e-3
+    )
+
+
 @pytest.mark.parametrize(
     "settings", [dict(dtype="fp32"), dict(), dict(lora_rank=0)]
 )  # and in bf16, where it is the default: elsewhere it takes minutes
@@ -254,29 +327,6 @@ def test_a_short_run_raises_its_reward_beyond_chance(tmp_path):
     )  # the same prompts and seeds: a fraction of that is chance
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_numbers(run, tmp_path):
-    moments = random.Random(
-        seed := time.time_ns()
-    )  # any moment must do, so each run of this test tries others
-    print("moments:", seed)
-    process = start("--reward", "compress", **SMALL | dict(epochs=3, out=tmp_path))
-    while not (tmp_path / "compress/metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.05)
-    for signal_number in (signal.SIGKILL, signal.SIGTERM):
-        time.sleep(moments.uniform(0, 4))
-        process.send_signal(signal_number)
-        _, _, err = finish(process)
-        if signal_number == signal.SIGTERM and process.returncode not in (0, -signal.SIGTERM):
-            assert process.returncode == 130 and "--resume" in err
-        process = start("--resume", str(tmp_path / "compress"))
-        time.sleep(moments.uniform(5, 8))
-    code, _, err = finish(process)
-    assert code == 0, err
-    resumed, whole = load_checkpoint(tmp_path / "compress/checkpoint"), load_checkpoint(run / "checkpoint")
-    assert all(torch.equal(a, b) for a, b in zip(resumed["parameters"], whole["parameters"], strict=True))
-    assert numbers(tmp_path / "compress") == numbers(run)
-
-
 COUNTING = """
 def seen(images, prompts):
     seen.log_counts["pictures"] += len(images)
@@ -331,14 +381,6 @@ def test_two_processes_train_like_one(tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
 
 
-def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(run, tmp_path, capsys):
-    shutil.copytree(run / "checkpoint", tmp_path / "checkpoint")
-    newest = tmp_path / "checkpoint/epoch_000003.pt"
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    assert load_checkpoint(tmp_path / "checkpoint")["epoch"] == 2
-    assert "epoch_000003.pt: damaged" in capsys.readouterr().err
-
-
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
     save_checkpoint(tmp_path / "checkpoint", {"epoch": 1, "parameters": [torch.zeros(1000)]})
     pipeline = load_pipeline("models/emoji", "cpu")
@@ -360,25 +402,6 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["epoch_000001.pt"]
     assert not (tmp_path / "weights.tmp").exists()
     assert load_checkpoint(tmp_path / "checkpoint")["epoch"] == 1
-
-
-def test_plain_diffusers_loads_the_adapter_and_draws_the_same_picture(run):
-    def draw(pipeline):
-        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-        return pipeline(
-            ["a cat", "a fox"], num_inference_steps=5, guidance_scale=4.0, latents=noise, output_type="pt"
-        ).images
-
-    plain = StableDiffusionPipeline.from_pretrained(small_model(), torch_dtype=torch.float32)
-    plain.set_progress_bar_config(disable=True)
-    base = draw(plain)
-    plain.load_lora_weights(str(run))
-    plain.scheduler = load_pipeline(small_model(), "cpu").scheduler
-    tuned = draw(plain)
-    assert (tuned - base).abs().max() > 1e-3
-    torch.testing.assert_close(
-        tuned, draw(load_pipeline(small_model(), "cpu", lora=run)), rtol=0, atol=2e-3
-    )
 
 
 @pytest.mark.parametrize(
@@ -523,29 +546,6 @@ def test_the_shipped_model_has_its_preset_however_its_path_is_written():
     for model in ("models/emoji", "./models/emoji/", str(ROOT / "models/emoji")):
         assert ddpo.parse_config(["--model", model])[0].preset == "emoji"
     assert ddpo.parse_config(["--model", "other/model"])[0].preset == "sd15"
-
-
-def test_a_run_with_damaged_metrics_is_not_resumed_over_them_and_one_without_checkpoint_says_so(
-    run, tmp_path, capsys
-):
-    shutil.copytree(run, tmp_path / "broken")
-    damaged = "{" + (run / "metrics.jsonl").read_text()
-    (tmp_path / "broken/metrics.jsonl").write_text(damaged)
-    with pytest.raises(SystemExit) as stop:
-        ddpo.main(["--resume", str(tmp_path / "broken"), "--epochs", "4"])
-    assert stop.value.code == 2 and "metrics.jsonl lacks rows" in capsys.readouterr().err
-    assert (tmp_path / "broken/metrics.jsonl").read_text() == damaged
-    (tmp_path / "broken/metrics.jsonl").write_text(damaged[1:])
-    shutil.rmtree(tmp_path / "broken/checkpoint")
-    ddpo.main(["--resume", str(tmp_path / "broken"), "--epochs", "1"])
-    assert "no checkpoint yet; it begins again" in capsys.readouterr().err
-    assert numbers(tmp_path / "broken")[2:] == numbers(run)[2:]  # the log is not shortened
-
-
-def test_an_existing_run_is_never_overwritten(run, capsys):
-    with pytest.raises(SystemExit) as stop:
-        ddpo.main(flags(reward="compress", out=run.parent))
-    assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
 
 
 def test_a_reward_that_breaks_half_way_stops_the_run_and_names_the_picture(tmp_path, capsys):

@@ -218,7 +218,8 @@ def test_a_finished_run_is_not_run_again_and_an_interrupted_one_goes_on(tmp_path
     (tmp_path / "logs").mkdir()
     arguments = {"tiny": TINY}, tmp_path / "out", tmp_path / "logs"
     log = tmp_path / "logs/tiny/metrics.jsonl"
-    assert run_all(*arguments, jobs=2, minutes=0) == []
+    ddpo.main([*TINY.split()[1:], "--name", "tiny", "--out", str(tmp_path / "out")])
+    assert run_all(*arguments, jobs=2, minutes=0) == []  # which copies the log
     before = log.read_text(), without_seconds(log)
     assert finished(tmp_path / "out/tiny") and len(before[0].splitlines()) == 3
     run_all(*arguments, jobs=2, minutes=0)
@@ -270,7 +271,7 @@ def test_a_models_folder_may_have_a_space_but_not_the_name_of_anothers_results(
 def test_where_weights_are_pictures_and_measurements_are_taken_of_them_as_the_run_samples(tmp_path):
     out, results = tmp_path / "out", tmp_path / "results"
     command = TINY.replace("--eval-images 2", "--eval-images 64").replace("--watch=", "")
-    command = command.replace("--epochs 2", "--epochs 1") + " --sampler flow"
+    command = command.replace("--epochs 2", "--epochs 1") + " --sampler flow --guidance-scale 1"
     ddpo.main([*command.split()[1:], "--name", "compress-0", "--out", str(out)])
     shutil.copytree(out / "compress-0", results / "logs/compress-0")
     runs = {"compress-0": read_metrics(results / "logs/compress-0/metrics.jsonl")}
@@ -288,7 +289,8 @@ def test_where_weights_are_pictures_and_measurements_are_taken_of_them_as_the_ru
 
 
 SLEEPER = """
-import os, pathlib, time
+import os, pathlib, sys, time
+assert sys.argv[1:3] == ["--name", "sleeper-0"] and sys.argv[3] == "--out"
 pathlib.Path("pid").write_text(str(os.getpid()))
 time.sleep(600)
 """

@@ -65,8 +65,9 @@ def test_what_saves_memory_leaves_the_update_as_it_is(epsilon_model, tmp_path, s
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiling_changes_no_gradient_and_sampling_still_rounds_as_training_does(tmp_path):
-    model = save_pipeline(tmp_path / "model", block_out_channels=[32], down_block_types=["DownBlock2D"],
-                          up_block_types=["UpBlock2D"])  # little to compile
+    model = save_pipeline(tmp_path / "model", block_out_channels=[32], mid_block_type=None,
+                          down_block_types=["CrossAttnDownBlock2D"],
+                          up_block_types=["UpBlock2D"])  # little to compile, and a layer of each kind
     gradients = []
     for compiled in (False, True):
         settings = SMALL | dict(compile=compiled, dtype="bf16", lora_rank=0)
