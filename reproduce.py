@@ -282,6 +282,8 @@ def main(arguments=None):
             continue
         _, draw = EXPERIMENTS[name]
         lines, numbers = draw(logs, results, out)
+        if not lines:
+            continue
         write_whole(results / f"{name}.md", "\n".join(lines) + "\n")
         write_whole(results / f"{name}.json", json.dumps(numbers, indent=1) + "\n")
         print(f"{results / name}.md\n\n" + "\n".join(lines) + "\n")

@@ -95,15 +95,22 @@ def save_figure(figure, path):
     plt.close(figure)
 
 
-def band(axis, curves, label, shaded=True, ls="-", **style):
-    """Mean and, shaded, 95 % interval of curves [(x, y), ...] that share their x."""
+def band(axis, curves, label, shaded=True, ls="-", share=False, **style):
+    """Mean and 95 % interval of curves [(x, y), ...] that share their x: shaded, or where there are many
+    lines a bar at the end. share: of y from 0 to 1, beyond which no interval is drawn."""
     length = min(len(curve) for curve in curves)
     xs = [point[0] for point in curves[0][:length]]
     middle, half = zip(*[interval(curve[i][1] for curve in curves) for i in range(length)])
     line, = axis.plot(xs, middle, marker="o", ms=3, label=label, ls=ls, **style)
-    if shaded and len(curves) > 1:
-        low, high = [m - h for m, h in zip(middle, half)], [m + h for m, h in zip(middle, half)]
+    if len(curves) < 2:
+        return
+    low, high = np.subtract(middle, half), np.add(middle, half)
+    if share:
+        low, high = low.clip(0), high.clip(max=1)
+    if shaded:
         axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    else:
+        axis.plot([xs[-1]] * 2, [low[-1], high[-1]], color=line.get_color(), lw=0.8, marker="_", ms=5, ls=ls)
 
 
 def sample_as(config, pipeline, prompts, generators, guidance_scale=None):
@@ -166,7 +173,8 @@ def measured(runs, path, out, measure_run):
         if newer(folder / "unet", path):
             seen[run] = measure_run(settings_of(folder), folder)
     seen = {run: values for run, values in seen.items() if values is not None}
-    path.write_text(json.dumps(seen, indent=1) + "\n")
+    if seen:
+        path.write_text(json.dumps(seen, indent=1) + "\n")
     return seen
 
 
@@ -351,12 +359,15 @@ def measure_held_out(runs, path, out):
             for name in sets:
                 if f"{run} {name}" not in seen or folder and newer(folder / "unet", path):
                     seen[f"{run} {name}"] = measure(how, folder, load_prompts(name))
-    path.write_text(json.dumps(seen, indent=1) + "\n")
+    if seen:
+        path.write_text(json.dumps(seen, indent=1) + "\n")
     return seen
 
 
 def draw_generalisation(runs, results, out):
     seen = measure_held_out(runs, results / "logs" / "held_out.json", out)
+    if not seen:
+        return [], {}  # the weights are not here
     figure, axes = plots(len(HELD_OUT))
     rows, numbers = [], {}
     for axis, (reward, sets) in zip(axes, HELD_OUT.items()):
@@ -411,7 +422,8 @@ def draw_overoptimisation(runs, results, out):
             continue
         logs = [[with_size(row) for row in evaluations(log)] for log in logs]
         for axis, key in zip(axes, titles):
-            band(axis, [[(row["images"], row[key]) for row in log] for log in logs], prevention)
+            band(axis, [[(row["images"], row[key]) for row in log] for log in logs], prevention,
+                 share=key == "eval_clip_top1")
         together = list(zip(*logs))  # of all seeds at one epoch
         xs, ys = ([statistics.mean(row[key] for row in same) for same in together]
                   for key in ("eval_size", "eval_clip_top1"))
@@ -516,12 +528,11 @@ def draw_fewer_steps(runs, results, out):
             "change_percent_at_equal_time": equal_time, "seeds": len(curves),
         }
     epochs = max((log[-1]["epoch"] for logs in logs_of.values() for log in logs), default=0)
-    curve_axis.set(title=f"{epochs} epochs of each, mean of the seeds",
+    curve_axis.set(title=f"{epochs} epochs of each, coloured as on the right",
                    xlabel="time (epochs of 10 steps)", ylabel="change of the JPEG size (%)")
     bar_axis.set(title=f"after the time of {epochs} epochs of 10 steps",
                  xlabel="change of the JPEG size (%), 95 % interval")
     bar_axis.invert_yaxis()
-    curve_axis.legend(fontsize=7)
     save_figure(figure, results / "fewer_steps.png")
     columns = ["variant", f"size after {epochs} epochs", "CLIP cosine", "time of an epoch",
                "size after the time of the first row"]
@@ -616,7 +627,7 @@ def draw_typographic(runs, results, out):
         label = f"{judge.upper()}, {prompts.partition('_')[0]}"
         logs = [evaluations(runs[name]) for name in names]
         for axis, key in ((score_axis, "eval_reward"), (count_axis, honest)):
-            band(axis, [[(row["images"], row[key]) for row in log] for log in logs], label)
+            band(axis, [[(row["images"], row[key]) for row in log] for log in logs], label, share=True)
         chosen = [kept(name, results / "logs")[1] for name in names]
         for when, ends in (("before", [log[0] for log in logs]), ("guard", chosen),
                            ("end", [log[-1] for log in logs])):

@@ -182,6 +182,24 @@ def test_each_models_table_is_put_between_its_own_markers(repository):
     assert page.read_text() == first + start + table + end
 
 
+def test_where_weights_are_needed_and_not_there_nothing_is_drawn(repository):
+    logs = repository / "results/emoji-flow/logs"
+    fake_run(logs / "compress-0", seed=0)
+    reproduce.main(["generalisation", "--draw", "--model", "models/emoji-flow"])
+    assert list(logs.parent.iterdir()) == [logs] and [path.name for path in logs.iterdir()] == ["compress-0"]
+
+
+def test_a_share_has_no_interval_beyond_one():
+    _, (axis, other) = reproduce_figures.plots(2)
+    curves = [[(0, 0.9), (1, 1.0)], [(0, 0.9), (1, 0.8)]]
+    reproduce_figures.band(axis, curves, "shares", share=True)
+    reproduce_figures.band(other, curves, "many lines", shaded=False)
+    reach = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert (reach.min(), reach.max()) == (0, 1)
+    half = 12.71 * 0.1  # of the values at the end, whose standard error is 0.1
+    assert other.lines[1].get_ydata() == pytest.approx([0.9 - half, 0.9 + half])
+
+
 def test_samplers_are_compared_by_what_each_gains_on_its_own_pictures(repository):
     """And in its own time: here the second sampler starts from larger files and takes twice as long."""
     def log(before, after, seconds):
