@@ -5,6 +5,7 @@ its own processor, as PIL pictures. Models are found on disk, beside this file i
 Hugging Face hub: see `find`. Code that comes with a model is never run.
 """
 
+import re
 import string
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,16 @@ def check_vocabulary(tokenizer, name="tokenizer"):
     transformers makes a tokenizer to which all letters are the same."""
     if len({tuple(tokenizer(letter).input_ids) for letter in string.ascii_letters}) == 1:
         raise ValueError(f"its {name} has no vocabulary")
+
+
+def check_layers(model, unexpected):
+    """Raises ValueError if among the weights that have no place in the model are further layers of a kind
+    that it has: its config.json is that of a smaller one, which transformers makes without a word."""
+    kinds = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
+    for key in sorted(unexpected):
+        if re.sub(r"\.\d+\.", ".#.", key) in kinds:
+            raise ValueError(f"its {key} has no place in the layers of its config.json; give the config.json "
+                             "that its weights came with")
 
 
 # CLIP
@@ -210,6 +221,7 @@ def load_network(auto_class, folder, device, dtype):
     if missing:
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are not in it, "
                          f"{missing[0]} for one")
+    check_layers(model, info["unexpected_keys"])
     # not .to(dtype): it would round the frequencies of the positions, too
     return model.to(device).eval().requires_grad_(False)
 

@@ -21,7 +21,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 
-from judges import check_vocabulary
+from judges import check_layers, check_vocabulary
 
 HERE = Path(__file__).parent
 
@@ -206,6 +206,7 @@ def load_component(folder, component_class, dtype):
         raise ValueError(f"{len(unexpected)} weights of its {folder.name} have no place in the "
                          f"network of its config.json, {unexpected[0]} for one; give the config.json "
                          "that they came with")
+    check_layers(network, unexpected)
     if missing:
         raise ValueError(f"{len(missing)} weights of its {folder.name} are not in it, {missing[0]} for "
                          "one")

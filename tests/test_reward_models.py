@@ -617,6 +617,16 @@ def test_a_clip_with_a_weight_of_another_size_is_refused_by_the_name_of_the_weig
         get_reward(f"clip={folder}", "cpu")
 
 
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_clip_whose_config_names_fewer_layers_than_it_has_is_refused(tmp_path, part):
+    folder = save_clip(tmp_path / "clip")
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    config[part] |= {"num_hidden_layers": 1}
+    write(tmp_path / "clip", "config.json", config)
+    with pytest.raises(RewardError, match=r"encoder.layers.1\S+ has no place in the layers of its conf"):
+        get_reward(f"clip={folder}", "cpu")
+
+
 @pytest.mark.parametrize("kind", ["known", "unknown", "tokenizer"])
 def test_code_that_comes_with_a_judge_is_never_run(tmp_path, llava_folder, kind):
     """A model that transformers knows is loaded without it; any other is refused in a line."""

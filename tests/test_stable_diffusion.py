@@ -194,6 +194,7 @@ def code(component, entry):
     (edited("unet/config.json", encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "weights of its unet"),
     (edited("vae/config.json", latent_channels=9), "cannot be loaded"),
     (edited("text_encoder/config.json", hidden_size=64), "cannot be loaded"),
+    (edited("text_encoder/config.json", num_hidden_layers=1), "has no place in the layers"),
     (edited("model_index.json", _class_name="StableDiffusionInpaintPipeline"), "StableDiffusion3Pipeline"),
     (edited("model_index.json", _class_name=None), "none of the families"),
     (edited("model_index.json", vae=["transformers", "CLIPTextModel"]), "its vae is"),
