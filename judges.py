@@ -29,14 +29,14 @@ def check_vocabulary(tokenizer, name="tokenizer"):
         raise ValueError(f"its {name} has no vocabulary")
 
 
-def check_layers(model, unexpected):
+def check_layers(model, unexpected, folder=""):
     """Raises ValueError if among the weights that have no place in the model are further layers of a kind
     that it has: its config.json is that of a smaller one, which transformers makes without a word."""
     kinds = {re.sub(r"\.\d+\.", ".#.", key) for key in model.state_dict()}
     for key in sorted(unexpected):
         if re.sub(r"\.\d+\.", ".#.", key) in kinds:
-            raise ValueError(f"its {key} has no place in the layers of its config.json; give the config.json "
-                             "that its weights came with")
+            raise ValueError(f"its {key} has no place in the layers of its {folder}config.json; give the "
+                             "config.json that its weights came with")
 
 
 # CLIP

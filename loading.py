@@ -206,7 +206,7 @@ def load_component(folder, component_class, dtype):
         raise ValueError(f"{len(unexpected)} weights of its {folder.name} have no place in the "
                          f"network of its config.json, {unexpected[0]} for one; give the config.json "
                          "that they came with")
-    check_layers(network, unexpected)
+    check_layers(network, unexpected, f"{folder.name}/")
     if missing:
         raise ValueError(f"{len(missing)} weights of its {folder.name} are not in it, {missing[0]} for "
                          "one")

@@ -18,7 +18,7 @@ from emoji import clip, diffusion, pretrain, scenes, trainer, variants
 import prompts
 from processes import RunStopped
 from rewards import clip_top1, get_reward
-from sample import encode_prompts, load_pipeline, sample_trajectories
+from sample import encode_prompts, load_pipeline
 from scripts import learning_rates
 
 
